@@ -1,0 +1,1 @@
+"""Text and task sources, packing, and resumable batch streams."""

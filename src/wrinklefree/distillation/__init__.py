@@ -1,0 +1,1 @@
+"""Training objectives: what a stage minimises, as sums over tokens."""

@@ -1,0 +1,105 @@
+"""What a model is (`Architecture`), how it is made ternary (`BitNetSpec`) and where its weights come from (`ModelConfig`).
+
+Imports no torch: reading and checking a configuration must be instant.
+"""
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from wrinklefree.utils.config import Config
+
+Placement = Literal["none", "output", "per_projection"]
+"""Where SubLN norms stand: nowhere; before o_proj and down_proj (2 a block); inside all 7 projections of a block."""
+
+Gain = Literal["ones", "median", "per_channel"]
+"""How a SubLN gain starts: 1; the median of token RMS; per channel."""
+
+
+class RopeScaling(Config):
+    """Llama 3 rescaling of the rotary frequencies (the only kind that our models use)."""
+
+    type: Literal["llama3"] = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+class Architecture(Config):
+    """Dimensions and switches of one decoder; the names are Hugging Face's."""
+
+    family: Literal["llama", "qwen2", "qwen3"]
+    """Selects the Hugging Face class and names on import and export; the forward pass reads the fields below only."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    hidden_act: Literal["silu", "relu2"] = "silu"
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    """Biases on q, k and v (Qwen2, Qwen2.5)."""
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """RMSNorm on each head of q and k before RoPE (Qwen3)."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> "Architecture":
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        return self
+
+
+class Quantization(Config):
+    """Bits of the linear layers inside the blocks; embeddings, head and norms stay full precision."""
+
+    weight_bits: Literal[1.58] = 1.58
+    activation_bits: Literal[4, 8] | None = 8
+    """Bits of the per-token activation codes; null turns activation quantization off."""
+
+
+class BitNetSpec(Config):
+    """What stage 1 made of a model and how far its warm-ups have come; stored with every ternary artifact."""
+
+    placement: Placement
+    gain: Gain
+    activation_bits: Literal[4, 8] | None = 8
+    quantization_lambda: float = 0.0
+    """0: full-precision function; 1: fully quantized. Never decreases along a chain of stages."""
+    subln_strength: float = 1.0
+    """0: SubLN is the identity; 1: true SubLN. Never decreases along a chain of stages."""
+
+
+class ModelConfig(Config):
+    """The `model` group: one pretrained model."""
+
+    name: str
+    """The config's name; part of the output paths."""
+    source: Literal["hub", "package", "path"]
+    """hub: Hugging Face; package: a hash-pinned asset (`package`); path: a local folder or artifact (`path`)."""
+    pretrained: str | None = None
+    """Hub id of the base model, read when `source=hub`."""
+    package: str | None = None
+    """Name in `wrinklefree.utils.assets` (or `tiny`, shipped in the wheel), read when `source=package`."""
+    path: str | None = None
+    """Folder with config.json, safetensors and tokenizer.json, read when `source=path`."""
+    architecture: Architecture
+    quantization: Quantization = Quantization()
+
+    @model_validator(mode="after")
+    def _source_has_its_key(self) -> "ModelConfig":
+        key = {"hub": "pretrained", "package": "package", "path": "path"}[self.source]
+        if getattr(self, key) is None:
+            raise ValueError(f"model.source={self.source} needs model.{key}=...")
+        return self

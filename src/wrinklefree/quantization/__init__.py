@@ -1,0 +1,1 @@
+"""Pure tensor functions: ternary weights, integer activations, straight-through estimator, schedules."""

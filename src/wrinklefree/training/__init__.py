@@ -1,0 +1,1 @@
+"""Stages, trainer, pipeline and evaluation: the only layer that knows all others."""

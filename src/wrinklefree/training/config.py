@@ -1,0 +1,270 @@
+"""Everything a run is told: `RunConfig`, and one config class a stage. Imports no torch."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from wrinklefree.data.config import DataConfig, PackingConfig
+from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
+from wrinklefree.models.config import Gain, ModelConfig, Placement
+from wrinklefree.utils.config import Config
+
+
+class SubLNConfig(Config):
+    """The root key `subln`: what stage 1 inserts."""
+
+    placement: Placement = "output"
+    gain: Gain = "median"
+    warmup: bool = False
+    """Start at strength 0 (the identity, so the pretrained function is kept) and let the next stages raise it to 1."""
+    calibration_tokens: int = Field(default=4096, ge=64)
+    """Tokens of held-in text that the gain is measured on."""
+
+
+class OptimizerConfig(Config):
+    """The root key `optimizer`. `training.lr` is AdamW's rate for every type: switching the type keeps the scale."""
+
+    type: Literal["auto", "adamw", "adamw_8bit", "muon", "apollo", "apollo_mini"] = "auto"
+    """auto: the stage's optimizer on a GPU, adamw on a CPU (one line says so); anything else is obeyed or refused."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Muon only."""
+    rank: int = Field(default=256, ge=1)
+    """APOLLO only; apollo_mini always uses 1."""
+    update_projection_every: int = Field(default=200, ge=1)
+    """APOLLO only: steps between fresh random projections."""
+
+
+class ScheduleConfig(Config):
+    """Learning rate over a run: linear warm-up, then one of four shapes that end with the run."""
+
+    type: Literal["cosine", "linear", "wsd", "two_stage", "constant"] = "cosine"
+    warmup_share: float = Field(default=0.05, ge=0, lt=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Overrides `warmup_share`; refused when longer than the run."""
+    min_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Final rate over peak rate."""
+    decay_share: float = Field(default=0.2, gt=0, le=1)
+    """wsd: share of the run spent decaying."""
+
+
+class WarmupConfig(Config):
+    """`training.quantization_warmup`: how lambda (and the SubLN strength, where stage 1 left it at 0) rises to 1."""
+
+    schedule: Literal["none", "linear", "cosine"] = "none"
+    """none: fully quantized from the first step."""
+    share: float = Field(default=0.2, gt=0, le=0.8)
+    """Share of the run spent rising, at most `max_steps` steps."""
+    max_steps: int = Field(default=1000, ge=1)
+
+
+class CheckpointConfig(Config):
+    """`training.checkpoint`."""
+
+    save_interval: int = Field(default=500, ge=1)
+    """Steps between resumable checkpoints."""
+    keep_last_n: int = Field(default=2, ge=1)
+
+
+class LoggingConfig(Config):
+    """`training.logging`."""
+
+    log_interval: int = Field(default=10, ge=1)
+
+
+class EvaluationConfig(Config):
+    """`training.evaluation`: validation during a run."""
+
+    interval: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 evaluates at the end only."""
+    max_tokens: int = Field(default=20_000, ge=0)
+    """Held-out tokens scored each time; 0 turns evaluation off."""
+
+
+class StageConfig(Config):
+    """Keys that every training stage has."""
+
+    init_from: str | None = None
+    """Artifact to start from; null: found by lineage among the earlier stages' outputs."""
+    lr: float = Field(gt=0)
+    batch_size: int = Field(ge=1)
+    """Rows a micro-batch."""
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_seq_length: int = Field(ge=8)
+    total_tokens: int | None = Field(default=None, ge=1)
+    """Token positions to train on (rows x length); the run's length unless `max_steps` or `epochs` is given."""
+    max_steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    """Passes over a task's training examples."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    schedule: ScheduleConfig = ScheduleConfig()
+    quantization_warmup: WarmupConfig = WarmupConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute dtype; masters are always float32. auto: bfloat16 where the device multiplies it in hardware."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    max_nonfinite_steps: int = Field(default=3, ge=1)
+    """Steps in a row with a non-finite loss or gradient that are skipped before the run aborts."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        lengths = {k: getattr(self, k) for k in ("total_tokens", "max_steps", "epochs")}
+        if all(value is None for value in lengths.values()):
+            raise ValueError("set one of training.total_tokens, training.max_steps or training.epochs")
+        return self
+
+
+class Stage1Config(Config):
+    """Stage 1: insert SubLN and BitLinear; no training."""
+
+    stage: Literal["stage1"] = "stage1"
+    init_from: str | None = None
+    batch_size: int = Field(default=8, ge=1)
+    max_seq_length: int = Field(default=1024, ge=8)
+    """Rows of the calibration batch."""
+
+
+class Stage19Config(StageConfig):
+    """Stage 1.9: align hidden states with the base model."""
+
+    stage: Literal["stage1_9"] = "stage1_9"
+
+
+class Stage2Config(StageConfig):
+    """Stage 2: continue pretraining, ternary."""
+
+    stage: Literal["stage2"] = "stage2"
+
+
+class TeacherConfig(Config):
+    """`training.teacher`."""
+
+    source: str = "auto"
+    """auto: this model's and task's fp_sft artifact if there is one, else the base with a warning; `base`; or a path."""
+    offload: bool = False
+    """Keep the teacher on the CPU between steps."""
+
+
+class Stage3Config(StageConfig):
+    """Stage 3: distil on the task."""
+
+    stage: Literal["stage3"] = "stage3"
+    teacher: TeacherConfig = TeacherConfig()
+
+
+class PretrainConfig(StageConfig):
+    """Full-precision pretraining: from scratch, or continued (the control of every ternary run)."""
+
+    stage: Literal["fp_pretrain"] = "fp_pretrain"
+    from_scratch: bool = False
+    """Random weights and a tokenizer trained on the data, instead of the pretrained model."""
+
+
+class SftConfig(StageConfig):
+    """Fine-tuning on the task with cross-entropy: the teacher (fp_sft) and the baseline to beat (bitnet_sft)."""
+
+    stage: Literal["fp_sft", "bitnet_sft"]
+
+
+class PipelineConfig(Config):
+    """All stages in order, with their controls; each step is the command that a user could type."""
+
+    stage: Literal["bitdistill"] = "bitdistill"
+    steps: dict[str, tuple[str, ...]]
+    """Step name -> Hydra overrides of that step's command; overrides of the pipeline's own command come after them."""
+    controls: bool = True
+    """Train the full-precision control, the naive ternary model and BitNet-SFT too, for the table."""
+    evaluation_tokens: int = Field(default=50_000, ge=1)
+    """Held-out test tokens of the table."""
+
+
+TrainingConfig = Annotated[
+    Stage1Config | Stage19Config | Stage2Config | Stage3Config | PretrainConfig | SftConfig | PipelineConfig,
+    Field(discriminator="stage"),
+]
+
+
+class InfluenceWeights(Config):
+    """Knobs of the influence calculation."""
+
+    lambda_val: float = Field(default=0.1, gt=0)
+    gamma_val: float = Field(default=0.1, gt=0, le=1)
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class InfluenceConfig(Config):
+    """The root key `influence`."""
+
+    enabled: bool = False
+    update_interval: int = Field(default=1000, ge=1)
+    learning_rate: float = Field(default=0.2, gt=0, le=1)
+    config: InfluenceWeights = InfluenceWeights()
+
+
+class DistributedConfig(Config):
+    """The `distributed` group."""
+
+    name: str
+    strategy: Literal["single", "fsdp"] = "single"
+    prefetch: bool = False
+    optimizer_offload: bool = False
+    activation_checkpointing: Literal["off", "selective", "full"] = "off"
+
+
+class GcsConfig(Config):
+    """The root key `gcs`."""
+
+    enabled: bool = False
+    bucket: str = "wrinklefree-checkpoints"
+    experiment_prefix: str = "experiments"
+
+
+class ResumeConfig(Config):
+    """The root key `resume`."""
+
+    skip_completed: bool = True
+    """A run whose fingerprint is complete is not trained again."""
+    allow_device_change: bool = False
+    """Resume although dtype, optimizer or attention backend now resolve differently (no longer bit-identical)."""
+
+
+class AuditConfig(Config):
+    """The root key `audit`."""
+
+    enabled: bool = True
+    directory: str = "training_logs/warnings"
+
+
+class RunConfig(Config):
+    """The whole configuration of one command."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig
+    distributed: DistributedConfig
+    distillation: DistillationConfig
+    layerwise: LayerwiseConfig = LayerwiseConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    packing: PackingConfig = PackingConfig()
+    subln: SubLNConfig = SubLNConfig()
+    influence: InfluenceConfig = InfluenceConfig()
+    gcs: GcsConfig = GcsConfig()
+    resume: ResumeConfig = ResumeConfig()
+    audit: AuditConfig = AuditConfig()
+    seed: int = Field(default=42, ge=0)
+    seeds: int = Field(default=1, ge=1)
+    """Pipelines only: train this many seeds and report means and intervals."""
+    output_dir: str = "outputs"
+    dry_run: bool = False
+    """Compose, resolve inputs, print the plan, exit."""
+    estimate: bool = False
+    allow_slow: bool = False
+    """Run although the estimate on this machine is above 24 hours."""
+    skip_recovery: bool = False
+    """Start fresh: neither skip a completed run nor resume an interrupted one."""
