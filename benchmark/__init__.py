@@ -1,0 +1,1 @@
+"""Short trials that compare training configurations for speed and memory."""
