@@ -182,7 +182,30 @@ class PipelineConfig(Config):
     """Train the full-precision control, the naive ternary model and BitNet-SFT too, for the table."""
     evaluation_tokens: int = Field(default=50_000, ge=1)
     """Held-out test tokens of the table."""
+    lr: float | None = Field(default=None, gt=0)
+    """This key and those below, given on a pipeline's command, go to every step that has them."""
+    batch_size: int | None = Field(default=None, ge=1)
+    gradient_accumulation_steps: int | None = Field(default=None, ge=1)
+    max_seq_length: int | None = Field(default=None, ge=8)
+    grad_clip: float | None = Field(default=None, gt=0)
+    dtype: Literal["auto", "bfloat16", "float32"] | None = None
+    activation_checkpointing: bool | None = None
+    checkpoint: CheckpointConfig | None = None
+    logging: LoggingConfig | None = None
+    evaluation: EvaluationConfig | None = None
 
+
+STAGE_CLASSES: dict[str, type[Config]] = {
+    "stage1": Stage1Config,
+    "stage1_9": Stage19Config,
+    "stage2": Stage2Config,
+    "stage3": Stage3Config,
+    "fp_pretrain": PretrainConfig,
+    "fp_sft": SftConfig,
+    "bitnet_sft": SftConfig,
+    "bitdistill": PipelineConfig,
+}
+"""`training.stage` -> the class that holds its keys."""
 
 TrainingConfig = Annotated[
     Stage1Config | Stage19Config | Stage2Config | Stage3Config | PretrainConfig | SftConfig | PipelineConfig,
