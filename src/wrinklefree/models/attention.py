@@ -1,0 +1,229 @@
+"""Attention over packed documents: rotary positions, grouped heads, masks, the key-value cache.
+
+Shapes: B rows, T queries, S keys, D hidden size, n query heads, n_kv key heads, d head dimension. A *run* is a stretch
+of a row with one document id; nothing attends across the border of a run, and padding (id 0) attends to itself only.
+
+What every layer needs is decided once a forward pass, in an `AttentionPlan`.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from wrinklefree.models.bitlinear import make_linear, project
+from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.records import QKV
+from wrinklefree.models.subln import RMSNorm, subln_or_identity
+
+MIN_LENGTH_FOR_LOOP = 192
+"""Shorter rows: one masked kernel costs less than a kernel a document."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Positions `start` to `end` of one row: a document, or padding."""
+
+    start: int
+    end: int
+    is_padding: bool
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How to keep documents apart: by nothing, by a loop over runs, or by a mask."""
+
+    mask: Tensor | None = None
+    """Bool [B, 1, T, S], True where a query may look."""
+    rows: tuple[tuple[Run, ...], ...] | None = None
+    """Runs of every row, in order: attend run by run."""
+    is_causal: bool = False
+    """No mask, no runs: plain causal attention."""
+
+
+def document_mask(document_ids: Tensor, queries: int) -> Tensor:
+    """Which keys the last `queries` positions of each row may look at, bool [B, 1, T, S].
+
+    Same run, not later, and not padding, except that every position may look at itself: no row of the mask is empty, so
+    no softmax is NaN.
+    """
+    changes = document_ids[:, 1:] != document_ids[:, :-1]
+    key_runs = functional.pad(changes.cumsum(dim=1), (1, 0))
+    key_index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    query_runs, query_index = key_runs[:, -queries:], key_index[-queries:]
+    same_run = query_runs[:, :, None] == key_runs[:, None, :]
+    not_later = query_index[:, None] >= key_index[None, :]
+    itself = query_index[:, None] == key_index[None, :]
+    return (same_run & not_later & ((document_ids != 0)[:, None, :] | itself))[:, None]
+
+
+def find_runs(document_ids: Tensor) -> tuple[tuple[Run, ...], ...]:
+    """Runs of each row; reads the tensor, so only for one that lies on the CPU."""
+    rows = []
+    for ids in document_ids.tolist():
+        borders = [0, *(t for t in range(1, len(ids)) if ids[t] != ids[t - 1]), len(ids)]
+        rows.append(tuple(Run(a, b, ids[a] == 0) for a, b in pairwise(borders)))
+    return tuple(rows)
+
+
+def plan_attention(document_ids: Tensor, queries: int) -> AttentionPlan:
+    """The cheapest exact plan for the last `queries` positions of rows with these document ids [B, S].
+
+    On the CPU the ids are read: one document a row needs no mask, several in a long row are attended one by one. On a
+    GPU reading them would wait for the device, and under torch.compile it would break the graph, so there the plan is
+    always the mask.
+    """
+    if document_ids.device.type != "cpu" or torch.compiler.is_compiling():
+        return AttentionPlan(mask=document_mask(document_ids, queries))
+    length = document_ids.shape[1]
+    if bool((document_ids == document_ids[:, :1]).all()) and bool((document_ids[:, 0] != 0).all()):
+        if queries == length:
+            return AttentionPlan(is_causal=True)
+        if queries == 1:
+            return AttentionPlan()
+    if queries == length >= MIN_LENGTH_FOR_LOOP:
+        return AttentionPlan(rows=find_runs(document_ids))
+    return AttentionPlan(mask=document_mask(document_ids, queries))
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
+    """Softmax attention: query [B, n, T, d], key and value [B, n_kv, S, d], result [B, n, T, d]."""
+    grouped = query.shape[1] != key.shape[1]
+    if plan.rows is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=grouped
+        )
+    rows = []
+    for row, runs in enumerate(plan.rows):
+        parts = []
+        for run in runs:
+            here = (slice(row, row + 1), slice(None), slice(run.start, run.end))
+            if run.is_padding:  # attends to itself only: its own value
+                parts.append(value[here].repeat_interleave(query.shape[1] // key.shape[1], dim=1))
+                continue
+            parts.append(
+                functional.scaled_dot_product_attention(
+                    query[here], key[here], value[here], is_causal=True, enable_gqa=grouped
+                )
+            )
+        rows.append(torch.cat(parts, dim=2))
+    return torch.cat(rows)
+
+
+def rotary_frequencies(architecture: Architecture, device: torch.device) -> Tensor:
+    """Radians a position for each pair of head dimensions, float32 [d / 2].
+
+    Llama 3 divides the frequencies of wavelengths beyond the original context by `factor`, keeps short ones, and
+    interpolates between; the two thresholds are a share of 0 and of 1.
+    """
+    exponents = torch.arange(0, architecture.head_dim, 2, device=device, dtype=torch.float32) / architecture.head_dim
+    frequencies = 1.0 / architecture.rope_theta**exponents
+    scaling = architecture.rope_scaling
+    if scaling is None:
+        return frequencies
+    periods_in_context = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    share = (periods_in_context - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    share = share.clamp(0.0, 1.0)
+    return share * frequencies + (1 - share) * frequencies / scaling.factor
+
+
+def rotary_table(architecture: Architecture, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for positions [B, T], float32 [B, 1, T, d]; both halves of d hold the same angles."""
+    angles = position_ids[..., None].float() * rotary_frequencies(architecture, position_ids.device)
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(states: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotate [B, n, T, d] by its positions, in float32, returned in the input's dtype."""
+    cosine, sine = table
+    values = states.float()
+    first, second = values.chunk(2, dim=-1)
+    return (values * cosine + torch.cat((-second, first), dim=-1) * sine).to(states.dtype)
+
+
+class KVCache:
+    """Keys and values of the positions seen so far, for a batch of rows of equal (left-padded) length.
+
+    Memory for `max_length` positions a layer is allocated at that layer's first use, in the dtype of its keys.
+    """
+
+    def __init__(self, batch_size: int, max_length: int) -> None:
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.length = 0
+        """Positions that all layers hold; `CausalLM.forward` advances it."""
+        self.document_ids: Tensor | None = None
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def extend_documents(self, document_ids: Tensor) -> Tensor:
+        """Remember the ids of new positions [B, T]; returns those of all positions [B, S]."""
+        seen = self.document_ids
+        self.document_ids = document_ids if seen is None else torch.cat((seen, document_ids), dim=1)
+        return self.document_ids
+
+    def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Write new states [B, n_kv, T, d] after the ones held; returns all of them [B, n_kv, S, d]."""
+        if layer not in self._layers:
+            shape = (self.batch_size, key.shape[1], self.max_length, key.shape[3])
+            self._layers[layer] = (key.new_empty(shape), value.new_empty(shape))
+        keys, values = self._layers[layer]
+        end = self.length + key.shape[2]
+        keys[:, :, self.length : end] = key
+        values[:, :, self.length : end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with optional biases, QK-norm and SubLN.
+
+    SubLN names: `attn_sub_norm` before o_proj (placement output); `<projection>_norm` (placement per_projection).
+    """
+
+    def __init__(self, architecture: Architecture, bitnet: BitNetSpec | None, layer: int) -> None:
+        super().__init__()
+        hidden, eps, self.head_dim = architecture.hidden_size, architecture.rms_norm_eps, architecture.head_dim
+        query_size = architecture.num_attention_heads * self.head_dim
+        key_size = architecture.num_key_value_heads * self.head_dim
+        self.layer = layer
+        self.q_proj = make_linear(hidden, query_size, architecture.attention_bias, bitnet)
+        self.k_proj = make_linear(hidden, key_size, architecture.attention_bias, bitnet)
+        self.v_proj = make_linear(hidden, key_size, architecture.attention_bias, bitnet)
+        self.o_proj = make_linear(query_size, hidden, architecture.attention_output_bias, bitnet)
+        self.q_norm = RMSNorm(self.head_dim, eps) if architecture.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps) if architecture.qk_norm else nn.Identity()
+        self.norm_per_projection = bitnet is not None and bitnet.placement == "per_projection"
+        self.q_proj_norm = subln_or_identity(self.norm_per_projection, hidden, eps)
+        self.k_proj_norm = subln_or_identity(self.norm_per_projection, hidden, eps)
+        self.v_proj_norm = subln_or_identity(self.norm_per_projection, hidden, eps)
+        self.o_proj_norm = subln_or_identity(self.norm_per_projection, query_size, eps)
+        self.attn_sub_norm = subln_or_identity(bitnet is not None and bitnet.placement == "output", query_size, eps)
+
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], plan: AttentionPlan, cache: KVCache | None
+    ) -> tuple[Tensor, QKV]:
+        """[B, T, D] to [B, T, D], and the states of the new positions (after QK-norm and rotation)."""
+        if self.norm_per_projection:
+            query, key, value = (
+                self.q_proj(self.q_proj_norm(x)),
+                self.k_proj(self.k_proj_norm(x)),
+                self.v_proj(self.v_proj_norm(x)),
+            )
+        else:
+            query, key, value = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        states = QKV(
+            rotate(self.q_norm(self._split_heads(query)), table),
+            rotate(self.k_norm(self._split_heads(key)), table),
+            self._split_heads(value),
+        )
+        key, value = states.key, states.value
+        if cache is not None:
+            key, value = cache.extend(self.layer, key, value)
+        mixed = attend(states.query, key, value, plan).transpose(1, 2).flatten(2)
+        return self.o_proj(self.o_proj_norm(self.attn_sub_norm(mixed))), states
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

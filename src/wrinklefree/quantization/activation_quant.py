@@ -1,0 +1,37 @@
+"""Integer activations: one scale a token, symmetric codes."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_ACTIVATION_RANGE = 1e-5
+"""Floor of a token's largest magnitude, so that an all-zero token divides by something."""
+
+
+@dataclass(frozen=True)
+class ActivationCodes:
+    """Activations as `codes * scale`."""
+
+    codes: Tensor
+    """int8 [..., D]."""
+    scale: Tensor
+    """Multiplies codes to activations; float32 [..., 1], one number a token."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`codes * scale`, multiplied in float32."""
+        return (self.codes.to(torch.float32) * self.scale).to(dtype)
+
+
+def quantize_activation(x: Tensor, bits: int = 8) -> ActivationCodes:
+    """Round each token to signed integers by its largest magnitude, in float32 (arXiv:2510.13998, eq. 3).
+
+    With q = 2^(bits - 1) - 1 and g = max(max |x|, 1e-5): codes = clip(round(x * q / g), -q - 1, q), scale = g / q. The
+    result carries no gradient. A token with a NaN or an infinity has a scale of NaN or infinity.
+    """
+    largest_code = 2 ** (bits - 1) - 1
+    with torch.no_grad():
+        values = x.to(torch.float32)
+        magnitude = values.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_ACTIVATION_RANGE)
+        codes = (values * largest_code).div_(magnitude).round_().clamp_(-largest_code - 1, largest_code).to(torch.int8)
+    return ActivationCodes(codes, magnitude / largest_code)

@@ -1,0 +1,40 @@
+"""Ternary weights: the only place in the repository that rounds a weight.
+
+Training, export and serving all call `ternarize`, so their codes are equal bit for bit. Another place for epsilon, a
+multiplication by the reciprocal or another rounding of ties moves codes at the thresholds; hence one function.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MIN_WEIGHT_SCALE = 1e-5
+"""Floor of the scale, so that an all-zero weight divides by something."""
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """A weight as `codes * scale`."""
+
+    codes: Tensor
+    """-1, 0 or 1, int8, in the weight's shape."""
+    scale: Tensor
+    """Multiplies codes to weights; float32, one number (0-dimensional)."""
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`codes * scale`, multiplied in float32."""
+        return (self.codes.to(torch.float32) * self.scale).to(dtype)
+
+
+def ternarize(weight: Tensor) -> Ternary:
+    """Round a weight to {-1, 0, 1} times its mean magnitude, in float32 (arXiv:2510.13998, eq. 1-2).
+
+    scale = max(mean |W|, 1e-5); codes = clip(round(W / scale), -1, 1), ties to even. The result carries no gradient. A
+    NaN or an infinity in the weight makes the scale NaN or infinite, so it is not lost in the integer codes.
+    """
+    with torch.no_grad():
+        master = weight.to(torch.float32)
+        scale = master.abs().mean().clamp(min=MIN_WEIGHT_SCALE)
+        codes = (master / scale).round_().clamp_(-1, 1).to(torch.int8)
+    return Ternary(codes, scale)
