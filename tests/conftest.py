@@ -16,7 +16,7 @@ GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return f"selected by marker: {config.option.markexpr!r}; run what is left out with -m slow, -m network, -m reliability"
+    return f"selected by marker: {config.option.markexpr!r}; what is left out runs with -m slow, network or reliability"
 
 
 def pytest_collection_modifyitems(items: "Sequence[pytest.Item]") -> None:
