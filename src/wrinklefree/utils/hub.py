@@ -7,6 +7,8 @@ local cache is still searched, and then the error names what is missing.
 import logging
 import os
 import threading
+import urllib.error
+import urllib.request
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -29,13 +31,14 @@ def _probe() -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        import httpx
         from huggingface_hub import constants
-        from huggingface_hub.utils import get_session
 
+        request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
         try:
-            get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-        except httpx.HTTPError as error:
+            urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            answered.set()  # a refusal is an answer
+        except OSError as error:
             logger.debug("the hub does not answer: %s", error)
         else:
             answered.set()
@@ -59,7 +62,8 @@ def snapshot(repo_id: str, patterns: Sequence[str], *, alternatives: str, revisi
     Raises:
         NetworkError: the hub cannot be reached, refuses, or has no such repository, and the local cache lacks the files.
     """
-    from huggingface_hub import snapshot_download
+    from httpx2 import HTTPError
+    from huggingface_hub import snapshot_download  # pyright: ignore[reportUnknownVariableType] - its tqdm is untyped
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     online = hub_is_reachable()
@@ -70,8 +74,8 @@ def snapshot(repo_id: str, patterns: Sequence[str], *, alternatives: str, revisi
     except LocalEntryNotFoundError as error:
         state = "the hub broke off" if online else "the hub cannot be reached (or HF_HUB_OFFLINE is set)"
         raise NetworkError(f"{repo_id} is not in the local cache and {state}; {alternatives}") from error
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (HfHubHTTPError, HTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NetworkError(
             f"the hub did not give {repo_id} ({reason}); check the name and your token, or {alternatives}"
         ) from error

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -100,7 +100,7 @@ class TextTokenizer:
             raise CheckpointError(f"{file.path}: {len(words)} tokens, {len(set(words))} distinct, {len(types)} types")
         tokenizer = _byte_level(BPE({word: index for index, word in enumerate(words)}, merges))
         added = {_CONTROL_TOKEN: True, _USER_TOKEN: False}
-        tokenizer.add_tokens(
+        tokenizer.add_tokens(  # pyright: ignore[reportUnknownMemberType] - a bare list in the library's stub
             [AddedToken(w, special=added[t], normalized=False) for w, t in zip(words, types, strict=True) if t in added]
         )
 
@@ -268,7 +268,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
-    template = settings.get("chat_template")
+    template: str | list[dict[str, str]] | None = settings.get("chat_template")
     if isinstance(template, list):
         # Several named templates; the others (tools, retrieval) have no use here.
         return next((entry["template"] for entry in template if entry["name"] == "default"), None)
@@ -296,4 +296,4 @@ def _parse_json(file: Path, text: str) -> dict[str, Any]:
         raise CheckpointError(f"{file} is not valid JSON ({error}); write or fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object; write or fetch it again")
-    return content
+    return cast("dict[str, Any]", content)
