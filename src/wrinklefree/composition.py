@@ -1,8 +1,8 @@
 """From command-line overrides to a `RunConfig`: Hydra composes the YAML tree, pydantic types it. Imports no torch.
 
-Hydra's own check of keys is switched off (every `key=value` is sent as `++key=value`), because it neither knows types nor
-guesses what was meant; `decode` checks the composed tree instead. So `skip_recovery=true` and `+skip_recovery=true` both
-work, as do keys that only one optimizer has.
+Hydra's own check of keys is switched off (every `key=value` is sent as `++key=value`), because it neither knows types
+nor guesses what was meant; `decode` checks the composed tree instead. So `skip_recovery=true` and `+skip_recovery=true`
+both work, as do keys that only one optimizer has.
 """
 
 import difflib
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -51,9 +51,9 @@ def compose(overrides: Sequence[str] = ()) -> Composition:
 def compose_step(step: Sequence[str], command: Sequence[str]) -> Composition:
     """Compose one step of a pipeline: the step's overrides, and behind them the overrides of the pipeline's command.
 
-    What the command says about its own steps stays behind: the choice of `training`, `seeds`, and keys of `training` that
-    the step's stage does not have (a learning rate, for stage 1). What it says about `data` goes to the steps whose data
-    is of the same kind: `data.task=boolq` to fine-tuning, `data=falcon` to pretraining.
+    What the command says about its own steps stays behind: the choice of `training`, `seeds`, and keys of `training`
+    that the step's stage does not have (a learning rate, for stage 1). What it says about `data` goes to the steps
+    whose data is of the same kind: `data.task=boolq` to fine-tuning, `data=falcon` to pretraining.
     """
     command = [override for override in command if _key(override) not in {"training", "seeds"}]
     shared = [override for override in command if not _is_about(override, "data")]
@@ -75,7 +75,7 @@ def compose_tree(overrides: Sequence[str] = ()) -> dict[str, Any]:
             composed = hydra_compose("config", overrides=checked)
         tree = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
+        raise ConfigError(describe_hydra_error(error)) from error
     if not isinstance(tree, dict):
         raise ConfigError(f"{config_directory() / 'config.yaml'} is not a mapping of keys")
     return _without_unset({str(key): value for key, value in tree.items()})
@@ -123,8 +123,12 @@ def _normalize(override: str, options: dict[str, list[str]]) -> str:
     return f"{key}={value}"
 
 
-def one_line(error: BaseException) -> str:
-    """Return an exception's message without line breaks."""
+def describe_hydra_error(error: HydraException | OmegaConfBaseException) -> str:
+    """Return an error of Hydra or OmegaConf as one line."""
+    if isinstance(error, OverrideParseException):
+        reason = str(error).splitlines()[0].rstrip(".")
+        typed = error.override.removeprefix("++")
+        return f"{typed!r} cannot be read ({reason}): put quotes around text that holds brackets, commas, colons or ="
     return " ".join(str(error).split())
 
 

@@ -146,7 +146,7 @@ class TeacherConfig(Config):
     """`training.teacher`."""
 
     source: str = "auto"
-    """auto: this model's and task's fp_sft artifact if there is one, else the base with a warning; `base`; or a path."""
+    """auto: this model's and task's fp_sft artifact, else the base model with a warning; `base`; or a path."""
     offload: bool = False
     """Keep the teacher on the CPU between steps."""
 

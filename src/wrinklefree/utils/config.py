@@ -1,13 +1,13 @@
 """Typed, frozen configuration: the base class of every config, and `decode`.
 
 `decode` is where a composed tree stops being a tree. It is strict (text is not a number, 1 is not true) and turns what
-pydantic reports into one line a mistake: the dotted key, what was expected, what was given, and what was probably meant.
+pydantic reports into one line a mistake: the dotted key, what was expected, what was given, what was probably meant.
 """
 
 import difflib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -89,8 +89,6 @@ class _Place(NamedTuple):
     holders: list[type[Config]]
     branch: str
     """What the discriminator of the holder says, such as `stage=stage2`; empty where there is none."""
-    node: Any
-    """The tree at the key's parent."""
 
 
 def _explain(kind: type[Config], tree: Mapping[str, Any], errors: Sequence[ErrorDetails]) -> list[str]:
@@ -99,42 +97,42 @@ def _explain(kind: type[Config], tree: Mapping[str, Any], errors: Sequence[Error
     for error in errors:
         place = _locate(kind, tree, error)
         grouped.setdefault(place.key, []).append((place, error))
-    return [_line(kind, found) for found in grouped.values()]
+    # A list or group that became too short because of an error inside is reported by that error.
+    inner = [key for key in grouped if not any(other.startswith(f"{key}.") for other in grouped)]
+    return [_line(kind, grouped[key]) for key in inner]
 
 
 def _locate(kind: type[Config], tree: Mapping[str, Any], error: ErrorDetails) -> _Place:
     """Drop the names of union branches from an error's location by walking it beside the tree and the classes."""
     node: Any = tree
-    parent: Any = tree
-    holders: list[type[Config]] = [kind]
     inside: list[type[Config]] = [kind]
-    branch = ""
-    key: list[str] = []
+    holders, branch, key = inside, "", list[str]()
+    last = len(error["loc"]) - 1
     for index, item in enumerate(error["loc"]):
-        is_last = index == len(error["loc"]) - 1
-        is_key = isinstance(node, Mapping) and (item in node or (is_last and error["type"] == "missing"))
-        is_item = isinstance(node, Sequence) and not isinstance(node, str) and isinstance(item, int)
-        if not is_key and not is_item:
-            narrowed = [(held, name) for held in inside for name in _tags(held) if item in _tags(held)[name]]
-            if narrowed:
-                inside = [held for held, _ in narrowed]
-                branch = f"{narrowed[0][1]}={item}"
-            continue
-        key.append(str(item))
-        parent, holders = node, inside
-        if is_item:
-            node = node[item]
-            continue
-        node = node[item] if item in node else None
-        inside = [
-            child
-            for held in holders
-            if item in held.model_fields
-            for child in config_classes(held.model_fields[str(item)].annotation)
-        ]
-        if not is_last:
-            branch = ""
-    return _Place(".".join(key), holders, branch, parent)
+        keys, items = _mapping(node), _items(node)
+        if items is not None and isinstance(item, int):
+            key.append(str(item))
+            node, holders = items[item], inside
+        elif keys is not None and (item in keys or (index == last and error["type"] == "missing")):
+            key.append(str(item))
+            holders = inside
+            fields = [held.model_fields[str(item)] for held in inside if item in held.model_fields]
+            inside = [child for field in fields for child in config_classes(field.annotation)]
+            node = keys.get(str(item))
+            branch = branch if index == last else ""
+        else:
+            narrowed = [(held, name) for held in inside for name, values in _tags(held).items() if item in values]
+            inside = [held for held, _ in narrowed] or inside
+            branch = f"{narrowed[0][1]}={item}" if narrowed else branch
+    return _Place(".".join(key), holders, branch)
+
+
+def _mapping(node: Any) -> Mapping[str, Any] | None:
+    return cast(Mapping[str, Any], node) if isinstance(node, Mapping) else None
+
+
+def _items(node: Any) -> Sequence[Any] | None:
+    return cast(Sequence[Any], node) if isinstance(node, list | tuple) else None
 
 
 def _tags(kind: type[Config]) -> dict[str, tuple[Any, ...]]:
@@ -169,6 +167,8 @@ def _expected(error: ErrorDetails) -> str:
         return _EXPECTED[error["type"]]
     if error["type"] == "union_tag_invalid":
         return str(context.get("expected_tags", ""))
+    if error["type"] in {"greater_than", "greater_than_equal", "less_than", "less_than_equal"}:
+        return f"a number {str(error['msg']).removeprefix('Input should be ')}"
     return str(error["msg"]).removeprefix("Input should be ")
 
 
@@ -187,22 +187,23 @@ def _unknown_key(kind: type[Config], place: _Place, given: Any) -> str:
     prefix = f"{parent}." if parent else ""
     # `training.optimizer.type=muon` arrives as training.optimizer = {type: muon}: name the key that was typed.
     typed = [name]
-    while isinstance(given, Mapping) and len(given) == 1:
-        (child, given), *_ = given.items()
-        typed.append(str(child))
+    while (inner := _mapping(given)) is not None and len(inner) == 1:
+        child = next(iter(inner))
+        typed.append(child)
+        given = inner[child]
     siblings = [sibling for holder in place.holders for sibling in holder.model_fields]
     where = f"{parent or 'the configuration'}{f' ({place.branch})' if place.branch else ''}"
     line = f"{prefix}{'.'.join(typed)}: unknown key, given {_short(given)}; {where} has no {name}"
     everywhere = [declared.path for declared in declared_keys(kind)]
     moved = _same_ending(prefix, typed, [path for path in everywhere if not path.startswith(f"{prefix}{name}")])
+    branches = _other_branches(kind, place, name)
+    if branches:
+        return f"{line}, but {branches} has"
     close = difflib.get_close_matches(name, siblings, n=1)
     if close and (not moved or difflib.SequenceMatcher(None, name, close[0]).ratio() >= 0.85):
         return f"{line}; did you mean {'.'.join([prefix + close[0], *typed[1:]])}?"
     if moved:
         return f"{line}; did you mean {moved}?"
-    branches = _other_branches(kind, place, name)
-    if branches:
-        return f"{line}, but {branches} has"
     near = difflib.get_close_matches(f"{prefix}{'.'.join(typed)}", everywhere, n=1, cutoff=0.75)
     return f"{line}; did you mean {near[0]}?" if near else f"{line}; known there: {', '.join(sorted(set(siblings)))}"
 
@@ -218,12 +219,13 @@ def _same_ending(prefix: str, typed: list[str], paths: list[str]) -> str | None:
 
 
 def _other_branches(kind: type[Config], place: _Place, name: str) -> str:
-    """Name the branches of the same union that do have the key: `stage=stage2, stage=stage3`."""
+    """Name the branches of the same union that do have the key: `stage=stage2 or stage=stage3`."""
     parent = place.key.rpartition(".")[0]
     wanted = f"{parent}.{name}" if parent else name
     owners = dict.fromkeys(declared.owner for declared in declared_keys(kind) if declared.path == wanted)
     tags = [(tag, value) for owner in owners for tag, values in _tags(owner).items() for value in values]
-    return ", ".join(f"{tag}={value}" for tag, value in tags)
+    names = [f"{tag}={value}" for tag, value in tags if f"{tag}={value}" != place.branch]
+    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _short(value: Any) -> str:

@@ -1,0 +1,287 @@
+"""The command line: composes, refuses what cannot run, and turns errors into one line and an exit code.
+
+`scripts/*.py` and the console script `wrinklefree` call the functions of this module. Nothing heavy is imported before
+a configuration is known to be right, so that help and mistakes are answered at once.
+"""
+
+import argparse
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from wrinklefree.utils.errors import ConfigError, NotAvailableError, WrinkleFreeError
+
+HYDRA_FLAGS = {
+    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun",
+    "--hydra-help", "--info", "-i", "--multirun", "-m", "--package", "-p", "--resolve", "--run", "-r",
+    "--shell-completion", "-sc", "--version",
+}  # fmt: skip
+_FLAGS_WITH_VALUE = {
+    "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun",
+    "--package", "-p",
+}  # fmt: skip
+_FLAGS_WITH_CHOICE = {"--info", "-i"}
+_INFO = {"all", "config", "defaults", "defaults-tree", "plugins", "searchpath"}
+INTERRUPTED = 130
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `wrinklefree COMMAND ...`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands: dict[str, Callable[[Sequence[str]], int]] = {
+        "train": train_main,
+        "convert": convert_main,
+        "serve": serve_main,
+        "benchmark": benchmark_main,
+    }
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        from wrinklefree.cli_help import command_help
+
+        _show(command_help())
+        return 0
+    if arguments[0] not in commands:
+        return _guarded(lambda: _unknown_command(arguments[0], list(commands)))
+    return commands[arguments[0]](arguments[1:])
+
+
+def train_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/train.py`: compose, decode, refuse, train; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        from wrinklefree.cli_help import train_help
+
+        _show(train_help())
+        return 0
+    return _guarded(lambda: _train(arguments))
+
+
+def convert_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/convert_to_gguf.py`; returns the exit code."""
+    parser = _parser("convert_to_gguf.py", "Write a ternary checkpoint as a GGUF file.")
+    parser.add_argument("--input", required=True, metavar="FOLDER", help="a checkpoint folder")
+    parser.add_argument("--output", required=True, metavar="FILE", help="the GGUF file to write")
+    return _guarded(lambda: _not_available(parser, argv, "GGUF export", "the checkpoint itself is safetensors"))
+
+
+def serve_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/serve.py`; returns the exit code."""
+    parser = _parser("serve.py", "Serve a GGUF file with BitNet.cpp.")
+    parser.add_argument("--model", required=True, metavar="FILE", help="a GGUF file")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8080)
+    return _guarded(lambda: _not_available(parser, argv, "serving", "wrinklefree train ends with a sample of text"))
+
+
+def benchmark_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/run_benchmark.py`; returns the exit code."""
+    parser = _parser("run_benchmark.py", "Search for efficient settings with Ax.")
+    parser.add_argument("--resume", metavar="FILE", help="experiment.json to go on from")
+    parser.add_argument("--analyze-only", metavar="FILE", help="experiment.json to report on, without new trials")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example benchmark.num_trials=10")
+    hint = "sweep by hand with scripts/train.py -m training.lr=1e-4,1e-3"
+    return _guarded(lambda: _not_available(parser, argv, "the Ax search", hint))
+
+
+def refuse_unavailable(configuration: object) -> None:
+    """Refuse a run that needs a part which this version does not have.
+
+    Raises:
+        NotAvailableError: naming the part and what to use instead. A dry run is never refused.
+    """
+    from wrinklefree.training.config import RunConfig
+
+    assert isinstance(configuration, RunConfig)
+    config = configuration
+    if config.dry_run:
+        return
+    if config.distributed.strategy == "fsdp":
+        raise NotAvailableError(
+            f"distributed={config.distributed.name} is not available yet: use distributed=single_gpu, or dry_run=true "
+            "to see the plan"
+        )
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise NotAvailableError(
+            f"{processes} processes (WORLD_SIZE) are not available yet: start train.py without torchrun"
+        )
+    if config.influence.enabled:
+        raise NotAvailableError(
+            "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed"
+        )
+    if config.gcs.enabled:
+        raise NotAvailableError(
+            "gcs.enabled=true is not available yet: runs are kept in output_dir, and resume from there"
+        )
+    if config.estimate:
+        raise NotAvailableError("estimate=true is not available yet: dry_run=true prints steps and tokens")
+
+
+def set_up_logging() -> None:
+    """Send the library's log to the terminal (coloured where it is one), or to standard error as plain lines."""
+    root = logging.getLogger()
+    if root.handlers:
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.logging import RichHandler
+
+        handler: logging.Handler = RichHandler(
+            console=Console(stderr=True), show_path=False, log_time_format="%H:%M:%S"
+        )
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("wrinklefree").setLevel(logging.INFO)
+
+
+def _train(arguments: list[str]) -> int:
+    from wrinklefree.composition import compose, normalize_overrides
+
+    flags, overrides = _split(arguments)
+    if not flags and not any(_is_hydra_key(override) for override in overrides):
+        return _run(overrides)
+    if not {"-m", "--multirun"} & set(flags):
+        compose(overrides)  # so that a mistake is one line here too
+    return _through_hydra(flags, normalize_overrides(overrides))
+
+
+def _run(overrides: Sequence[str]) -> int:
+    from wrinklefree.composition import compose
+
+    set_up_logging()
+    config, tree = compose(overrides)
+    refuse_unavailable(config)
+    from wrinklefree.training.run import run
+
+    return run(config, tree, overrides)
+
+
+def _through_hydra(flags: list[str], overrides: list[str]) -> int:
+    """Let Hydra act on its flags; a job, one or each of a sweep, is composed and run as without it."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from wrinklefree.composition import HYDRA_VERSION_BASE, config_directory, describe_hydra_error
+
+    codes: list[int] = []
+    jobs: list[list[str]] = []
+
+    def job(_: DictConfig) -> None:
+        task = [override.removeprefix("++") for override in HydraConfig.get().overrides.task]
+        jobs.append(task)
+        set_up_logging()
+        if {"-m", "--multirun"} & set(flags):
+            logger.info("job %d: %s", len(jobs), " ".join(task))
+        try:
+            codes.append(_run(task))
+        except WrinkleFreeError as error:
+            codes.append(_report(error))
+        if codes[-1] >= 128:  # stopped by a signal: so is the sweep
+            raise SystemExit(codes[-1])
+
+    application = hydra.main(str(config_directory()), "config", HYDRA_VERSION_BASE)(job)
+    with _hydra_environment([*flags, *overrides]):
+        try:
+            application()
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(describe_hydra_error(error)) from error
+        except ValueError as error:
+            if jobs:
+                raise
+            raise ConfigError(str(error)) from error  # flags that exclude each other
+        except SystemExit as stopped:
+            return stopped.code if isinstance(stopped.code, int) else 0
+    return next((code for code in codes if code), 0)
+
+
+@contextmanager
+def _hydra_environment(arguments: list[str]) -> Iterator[None]:
+    """Give Hydra its arguments, and keep it from printing (and swallowing) what a job raises."""
+    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [before[0], *arguments]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full_error is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part Hydra's flags from overrides; refuse flags that neither knows."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, _, value = argument.partition("=")
+        if not argument.startswith("-"):
+            is_choice = bool(flags) and flags[-1] in _FLAGS_WITH_CHOICE and argument in _INFO
+            (flags if is_choice else overrides).append(argument)
+        elif name not in HYDRA_FLAGS:
+            raise ConfigError(_explain_flag(name, value))
+        else:
+            flags.append(argument)
+            if name in _FLAGS_WITH_VALUE and not value:
+                flags.extend(text for text in [next(rest, None)] if text is not None)
+    return flags, overrides
+
+
+def _explain_flag(name: str, value: str) -> str:
+    key = name.lstrip("-").replace("-", "_")
+    return f"unknown flag {name}: settings are written key=value, for example {key}={value or '...'}; see --help"
+
+
+def _is_hydra_key(override: str) -> bool:
+    return re.match(r"[+~]*hydra[./]", override) is not None
+
+
+def _guarded(command: Callable[[], int]) -> int:
+    """Run a command; an error that a user can act on becomes its lines on standard error and its exit code."""
+    try:
+        return command()
+    except WrinkleFreeError as error:
+        return _report(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return INTERRUPTED
+
+
+def _report(error: WrinkleFreeError) -> int:
+    for line in str(error).splitlines():
+        sys.stderr.write(f"error: {line}\n")
+    return error.exit_code
+
+
+def _unknown_command(name: str, known: list[str]) -> int:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    meant = f"; did you mean {close[0]}?" if close else ""
+    raise ConfigError(f"unknown command {name!r}: expected {', '.join(known)}{meant}")
+
+
+def _parser(program: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=program, description=description)
+
+
+def _not_available(parser: argparse.ArgumentParser, argv: Sequence[str] | None, part: str, instead: str) -> int:
+    parser.parse_args(argv)
+    raise NotAvailableError(f"{part} is not available yet in this version; {instead}")
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(f"{text}\n")

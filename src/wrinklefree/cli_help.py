@@ -1,0 +1,107 @@
+"""What `--help` prints. Built from the YAML folders and the exit codes, so that it cannot promise what is not there."""
+
+from wrinklefree.composition import groups
+
+COMMANDS = {
+    "train": "train a stage, or all of them (scripts/train.py)",
+    "convert": "write a GGUF file (scripts/convert_to_gguf.py)",
+    "serve": "serve a GGUF file (scripts/serve.py)",
+    "benchmark": "search for efficient settings (scripts/run_benchmark.py)",
+}
+
+STAGES = {
+    "bitdistill": "all of the below in order, with controls and a table (the default)",
+    "stage1_subln": "stage 1: insert SubLN and BitLinear, calibrate; no training",
+    "stage1_9_layerwise": "stage 1.9: align hidden states with the base model",
+    "stage2_pretrain": "stage 2: continue pretraining, ternary",
+    "stage3_distill": "stage 3: distil on a task",
+    "stage3_distill_smollm2": "stage 3 for a small model: 8 rows, teacher resident",
+    "fp_pretrain": "full-precision pretraining (from scratch, or the control)",
+    "fp_sft": "full-precision fine-tuning on a task (stage 3's teacher)",
+    "bitnet_sft": "ternary fine-tuning with cross-entropy alone (the baseline)",
+}
+
+OVERRIDES = {
+    "training.lr=5e-5": "learning rate, in AdamW's meaning for every optimizer",
+    "training.batch_size=4": "rows a micro-batch; training.gradient_accumulation_steps=8 beside it",
+    "training.max_seq_length=512": "tokens a row",
+    "training.total_tokens=1000000": "length of a run; or training.max_steps=..., training.epochs=...",
+    "training.init_from=PATH": "start from this artifact instead of the one found by lineage",
+    "optimizer.type=adamw": "auto, adamw, adamw_8bit, muon, apollo, apollo_mini",
+    "data.task=sst2": "task of data=downstream",
+    "data.sources.0.path=PATH": "text file, folder or glob of data=local",
+    "model.source=package": "weights from a package registry instead of the hub",
+    "subln.placement=output": "none, output, per_projection",
+    "seed=1  seeds=3": "one seed; or so many of them, for the table's intervals",
+    "output_dir=PATH": "where runs are written (outputs)",
+    "dry_run=true": "compose, resolve inputs, print the plan, stop",
+    "skip_recovery=true": "start fresh: neither skip a complete run nor resume an interrupted one",
+    "allow_slow=true": "run although the estimate is above 24 hours",
+}
+
+HYDRA_FLAGS = {
+    "--cfg job": "print the composed configuration and stop",
+    "-m, --multirun": "one run for each combination: -m training.lr=1e-5,5e-5",
+    "--hydra-help": "the other flags; hydra.*=... sets Hydra's own keys",
+}
+
+EXIT_CODES = {
+    0: "done",
+    1: "a defect of wrinklefree (traceback)",
+    2: "configuration",
+    65: "data",
+    69: "network or a service",
+    74: "input or output",
+    75: "out of memory",
+    76: "non-finite loss",
+    77: "credentials",
+    78: "checkpoint",
+    130: "interrupted",
+    143: "terminated",
+}
+
+
+def command_help() -> str:
+    """Return the help of `wrinklefree`."""
+    return "\n".join(
+        [
+            "usage: wrinklefree COMMAND ...",
+            "",
+            *_table("commands", COMMANDS),
+            "wrinklefree COMMAND --help says more.",
+        ]
+    )
+
+
+def train_help() -> str:
+    """Return the help of `scripts/train.py` and `wrinklefree train`."""
+    found = groups()
+    stages = {name: STAGES.get(name, "") for name in sorted(found["training"], key=_stage_order)}
+    others = {
+        f"{name}=": " | ".join(options)
+        for name, options in found.items()
+        if name not in {"training", "recipe"} and options
+    }
+    return "\n".join(
+        [
+            "usage: train.py [GROUP=OPTION ...] [KEY=VALUE ...] [FLAGS]",
+            "",
+            "Turns a pretrained language model into a ternary one. Without arguments: all stages on the tiny model.",
+            "",
+            *_table("stages (training=)", stages),
+            *_table("groups", others),
+            *_table("common overrides", OVERRIDES),
+            *_table("flags", HYDRA_FLAGS),
+            *_table("exit codes", {str(code): meaning for code, meaning in EXIT_CODES.items()}),
+        ]
+    ).rstrip()
+
+
+def _stage_order(name: str) -> tuple[int, str]:
+    known = list(STAGES)
+    return (known.index(name) if name in known else len(known), name)
+
+
+def _table(title: str, rows: dict[str, str]) -> list[str]:
+    width = max(map(len, rows))
+    return [f"{title}:", *(f"  {key:<{width}}  {value}".rstrip() for key, value in rows.items()), ""]
