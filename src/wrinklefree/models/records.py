@@ -5,6 +5,7 @@ Shapes: B rows, T positions a row, D hidden size, V vocabulary, n heads, d head 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ class Batch:
     """0 is padding; 1, 2, ... number the documents of a row. Attention never crosses a change."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device (asynchronous from pinned memory)."""
-        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        """The same batch on another device (asynchronous from pinned memory); it still knows its `num_targets`."""
+        moved = replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved.__dict__["num_targets"] = self.num_targets
+        return moved
 
-    @property
+    @cached_property
     def num_targets(self) -> int:
-        """Targets in the batch; call on the CPU copy, before `.to`, so that no device synchronises."""
+        """Targets in the batch. Counted once, on the CPU copy: `.to` hands the number on, so no device synchronises."""
         return int((self.labels != IGNORE).sum())
 
 
@@ -40,7 +43,7 @@ class Wants:
     """What an objective asks of a forward pass, beyond the final hidden state."""
 
     hidden_layers: tuple[int, ...] = ()
-    """Block outputs to hand out: 0 is the first block's output, `num_hidden_layers - 1` the last's (before the norm)."""
+    """Block outputs to hand out: 0 is the first block's, `num_hidden_layers - 1` the last's (before the norm)."""
     qkv_layer: int | None = None
     """Block whose Q, K, V states are handed out (after q/k-norm and RoPE; K and V before GQA repetition)."""
 
