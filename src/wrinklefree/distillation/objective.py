@@ -31,6 +31,11 @@ class Objective(Protocol):
     teacher_wants: Wants | None
     """None: no teacher forward."""
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether an `auto` weight is still to be fixed by `calibrate`."""
+        ...
+
     def counts(self, batch: Batch) -> dict[str, float]:
         """Local denominators by term, from the CPU batch; the trainer sums them over micro-batches and ranks."""
         ...

@@ -83,8 +83,8 @@ class Callback(Protocol):
     def on_evaluation(self, report: StepReport) -> None:
         """After a validation; `report.evaluation` is set and `on_step` has seen the same step."""
 
-    def on_end(self, report: StepReport) -> None:
-        """After the last step, and its validation."""
+    def on_end(self, report: StepReport | None) -> None:
+        """After the last step and its validation; no report when the run was resumed at its end."""
 
     def close(self) -> None:
         """After the run however it ended, an error or a signal included; more than once does no harm."""
@@ -132,7 +132,7 @@ class ProgressLine(Callback):
         else:
             self._console.print(Text(line))
 
-    def on_end(self, report: StepReport) -> None:
+    def on_end(self, report: StepReport | None) -> None:
         """Leave the last line standing."""
         self.close()
 
@@ -225,7 +225,7 @@ class MetricsFile(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics file up to the first that a kill or a power cut left incomplete; none where there is no file."""
+    """Lines of a metrics file, up to the first that a kill or a power cut left incomplete; none without a file."""
     if not path.exists():
         return []
     lines: list[dict[str, Any]] = []
@@ -260,7 +260,7 @@ class LossPlot(Callback):
         """Draw."""
         self._draw()
 
-    def on_end(self, report: StepReport) -> None:
+    def on_end(self, report: StepReport | None) -> None:
         """Draw."""
         self._draw()
 

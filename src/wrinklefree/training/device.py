@@ -1,0 +1,83 @@
+"""Which device a run uses, in which dtype it computes, and how long that will take there."""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from wrinklefree.utils.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+MODEL_FLOP_UTILIZATION = 0.15
+"""Share of the measured matrix-multiplication rate that a small-model training step reaches (measured on CPUs)."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and the dtype that matrix multiplications run in; parameters stay float32."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def autocast(self) -> torch.autocast:
+        """Context in which forward passes run."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    @property
+    def dtype_name(self) -> str:
+        """`bfloat16` or `float32`, for records."""
+        return str(self.dtype).removeprefix("torch.")
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 in hardware (elsewhere it is emulated, and slower than float32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return any(bool(capabilities.get(name)) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def choose_compute(dtype: Literal["auto", "bfloat16", "float32"]) -> Compute:
+    """The first GPU, else the CPU; `dtype` as asked, or the fastest that the device has."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    return Compute(device, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype])
+
+
+def measured_flops_per_second(compute: Compute, size: int = 1024) -> float:
+    """Matrix-multiplication rate, from a fraction of a second of multiplying square matrices."""
+    a = torch.randn(size, size, device=compute.device, dtype=compute.dtype)
+    best = float("inf")
+    for _ in range(4):
+        started = time.perf_counter()
+        for _ in range(3):
+            a @ a
+        if compute.device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, (time.perf_counter() - started) / 3)
+    return 2 * size**3 / best
+
+
+def training_flops(parameters: int, tokens: int, *, with_teacher: bool) -> float:
+    """6 N a token for forward and backward, 2 N more for the teacher's forward."""
+    return (8.0 if with_teacher else 6.0) * parameters * tokens
+
+
+def refuse_endless_cpu_run(seconds: float, *, allow_slow: bool, command_hint: str) -> None:
+    """On a CPU, say once and loudly how long the run will take; above 24 hours refuse unless told.
+
+    Raises:
+        ConfigError: when the estimate is above 24 hours and `allow_slow` is false.
+    """
+    hours = seconds / 3600
+    text = f"{hours:.1f} hours" if hours >= 1 else f"{max(seconds / 60, 0.1):.1f} minutes"
+    if hours > 24 and not allow_slow:
+        raise ConfigError(
+            f"no GPU here, and {command_hint} would take about {text} on this CPU. Run it on a GPU, give a smaller "
+            "budget (training.total_tokens=...), or insist with allow_slow=true."
+        )
+    logger.warning("NO GPU: %s runs on the CPU, estimated time %s", command_hint, text)

@@ -1,0 +1,156 @@
+"""All of BitDistill with its controls: teacher, stages 1, 1.9, 2 and 3, evaluation and a report.
+
+A pipeline is a list of commands. Each step is composed from the overrides that a user could type himself (they stand in
+`training.steps`), so a step has the same configuration, fingerprint and folder rules as a stage run by hand.
+What the pipeline adds is the wiring (which step eats which), the control's token count, and the table.
+
+The arms:
+  full precision   the base model fine-tuned on the task (`teacher`)
+  control          the same after the tokens of 1.9 and 2 in full precision: what those tokens alone are worth
+  naive ternary    the fine-tuned model rounded to ternary, no training
+  BitNet-SFT       stage 1, then the task with cross-entropy only
+  BitDistill       stages 1, 1.9, 2 and 3
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wrinklefree.composition import compose_step
+from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
+from wrinklefree.training.inputs import StageInput
+from wrinklefree.training.plan import StagePlan, base_input, combined_fingerprint, plan_stage, steps_for
+from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.run_manager import point
+
+logger = logging.getLogger(__name__)
+
+WIRING: dict[str, tuple[str, str | None]] = {
+    "teacher": ("base", None),
+    "stage1": ("base", None),
+    "bitnet_sft": ("stage1", None),
+    "stage1_9": ("stage1", None),
+    "stage2": ("stage1_9", None),
+    "stage3": ("stage2", "teacher"),
+    "control_pretrain": ("base", None),
+    "control": ("control_pretrain", None),
+}
+"""Step -> (the step it starts from, the step that teaches it), in the order in which they run."""
+
+CONTROL_STEPS = ("bitnet_sft", "control_pretrain", "control")
+
+
+@dataclass(frozen=True)
+class PipelinePlan:
+    """The steps of one seed."""
+
+    seed: int
+    steps: dict[str, StagePlan]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the whole."""
+        return combined_fingerprint(self.steps)
+
+
+def pipeline_folder(config: RunConfig) -> Path:
+    """Where a pipeline's steps write, apart from stages run by hand."""
+    return Path(config.output_dir) / f"pipeline_{config.model.name}"
+
+
+def plan_pipeline(config: RunConfig, overrides: Sequence[str], seed: int) -> PipelinePlan:
+    """Plan every step; each later step eats the planned artifact of an earlier one.
+
+    Raises:
+        ConfigError: when `training.steps` lacks a step.
+    """
+    training = config.training
+    assert isinstance(training, PipelineConfig)
+    plans: dict[str, StagePlan] = {}
+    base: StageInput | None = None
+    tokens = 0
+    for name, (starts_from, taught_by) in WIRING.items():
+        if name in CONTROL_STEPS and not training.controls:
+            continue
+        if name not in training.steps:
+            raise ConfigError(f"training.steps has no step {name}; a pipeline needs {', '.join(WIRING)}")
+        command = [*overrides, f"seed={seed}", f"output_dir={pipeline_folder(config)}", "dry_run=false"]
+        if name == "control_pretrain":
+            command.append(f"training.total_tokens={tokens}")
+        composed = compose_step(training.steps[name], command)
+        base = base or base_input(composed.config)
+        plans[name] = plan_stage(
+            composed.config,
+            composed.tree,
+            base=base,
+            source=base if starts_from == "base" else plans[starts_from].as_input(f"the pipeline's {starts_from}"),
+            teacher=plans[taught_by].as_input(f"the pipeline's {taught_by}") if taught_by else None,
+        )
+        if name in {"stage1_9", "stage2"}:
+            tokens += _planned_tokens(composed.config)
+    return PipelinePlan(seed, plans)
+
+
+def _planned_tokens(config: RunConfig) -> int:
+    training = config.training
+    assert isinstance(training, StageConfig)
+    rows = training.batch_size * training.gradient_accumulation_steps
+    return steps_for(training, None) * rows * training.max_seq_length
+
+
+def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Run all steps of all seeds, evaluate every arm, write the report, and print the table."""
+    assert isinstance(config.training, PipelineConfig)
+    started = time.perf_counter()
+    plans = [plan_pipeline(config, overrides, config.seed + number) for number in range(config.seeds)]
+    if config.dry_run:
+        from wrinklefree.training.run import show_plan
+
+        for name, plan in plans[0].steps.items():
+            logger.info("-- step %s", name)
+            show_plan(plan)
+        return
+    identity = "".join(plan.fingerprint for plan in plans)
+    folder = pipeline_folder(config) / "reports" / combined_identity(identity, config)[:8]
+    summary = folder / "report.json"
+    if summary.is_file() and config.resume.skip_completed and not config.skip_recovery:
+        logger.info("the whole job is already complete; its report is %s", folder / "report.md")
+        logger.info("%s", (folder / "table.txt").read_text())
+        return
+    from wrinklefree.training.report import Report, evaluate_arms, write_report
+    from wrinklefree.training.run import StageResult, run_stage
+
+    outcomes = []
+    seconds: dict[str, float] = {}
+    for plan in plans:
+        results: dict[str, StageResult] = {}
+        for number, (name, step) in enumerate(plan.steps.items(), start=1):
+            logger.info("== seed %d, step %d of %d: %s", plan.seed, number, len(plan.steps), name)
+            results[name] = run_stage(step)
+            seconds[name] = seconds.get(name, 0.0) + results[name].seconds
+        evaluation_started = time.perf_counter()
+        logger.info("== seed %d: evaluating every arm on held-out data", plan.seed)
+        outcomes.append(evaluate_arms(config, plan.steps, {name: r.tokens for name, r in results.items()}))
+        seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - evaluation_started
+    last = plans[-1].steps["stage3"]
+    final = Path(config.output_dir) / "checkpoint-final"
+    point(final, last.artifact)
+    report = Report(
+        config=config,
+        outcomes=outcomes,
+        seconds=seconds,
+        total_seconds=time.perf_counter() - started,
+        paths={name: step.artifact for name, step in plans[-1].steps.items()} | {"final": final},
+    )
+    write_report(report, folder)
+    point(pipeline_folder(config) / "report", folder)
+
+
+def combined_identity(identity: str, config: RunConfig) -> str:
+    """Fingerprint of the report: of its steps and of how they are evaluated."""
+    assert isinstance(config.training, PipelineConfig)
+    return hashlib.sha256(f"{identity}{config.training.evaluation_tokens}".encode()).hexdigest()

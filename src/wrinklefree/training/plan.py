@@ -1,0 +1,182 @@
+"""A run before it runs: its stage, inputs, length, fingerprint and folder. What `dry_run=true` prints."""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import wrinklefree
+from wrinklefree.data.config import FinetuneData
+from wrinklefree.data.pretrain_dataset import data_fingerprint
+from wrinklefree.models.hf import identity
+from wrinklefree.training.config import PretrainConfig, RunConfig, Stage1Config, Stage3Config, StageConfig
+from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
+from wrinklefree.training.stage import STAGES, Stage
+from wrinklefree.utils.run_fingerprint import Fingerprint, fingerprint
+
+FROM_SCRATCH = StageInput(stage="base", fingerprint="from-scratch", path=None, reason="random weights")
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Everything that is decided before a run starts."""
+
+    config: RunConfig
+    tree: Mapping[str, Any]
+    stage: Stage
+    base: StageInput
+    source: StageInput
+    teacher: StageInput | None
+    fingerprint: Fingerprint
+    data_fingerprint: str
+
+    @property
+    def output_dir(self) -> Path:
+        """Where all stages of this command write."""
+        return Path(self.config.output_dir)
+
+    @property
+    def stage_folder(self) -> Path:
+        """The seed's folder of this stage and model."""
+        return self.output_dir / self.stage.folder_name(self.config.model.name)
+
+    @property
+    def run_folder(self) -> Path:
+        """Where this run writes: named by its fingerprint, so that no two runs share a folder."""
+        return self.stage_folder / "runs" / self.fingerprint.value[:8]
+
+    @property
+    def artifact(self) -> Path:
+        """What the run leaves behind."""
+        return self.run_folder / "artifact"
+
+    @property
+    def pointer(self) -> Path:
+        """The seed's path, a link to the newest completed artifact."""
+        return self.stage_folder / self.stage.pointer
+
+    def as_input(self, reason: str) -> StageInput:
+        """The planned artifact as the input of a later stage."""
+        return StageInput(
+            stage=self.stage.name,
+            fingerprint=self.fingerprint.value,
+            path=self.artifact,
+            reason=reason,
+            ancestors=(*self.source.ancestors, (self.stage.name, self.fingerprint.value)),
+        )
+
+    @property
+    def task(self) -> str:
+        """The task's name, or the text collection's."""
+        return data_name(self.config)
+
+    def lines(self, total_steps: int | None, total_tokens: int | None) -> list[tuple[str, str]]:
+        """What `dry_run` prints, as (key, value)."""
+        model = self.config.model
+        where = {"hub": model.pretrained, "package": model.package, "path": model.path}[model.source]
+        length = "no training" if total_steps is None else f"{total_steps:,} steps, {total_tokens:,} tokens"
+        lines = [
+            ("stage", f"{self.stage.name} ({self.stage.title})"),
+            ("model", f"{model.name} from {model.source}: {where}"),
+            ("data", self.task),
+            ("length", length),
+            ("reads", self.source.describe()),
+            ("fingerprint", self.fingerprint.value),
+            ("writes", str(self.run_folder)),
+            ("points", str(self.pointer)),
+        ]
+        if self.teacher is not None:
+            lines.insert(5, ("teacher", self.teacher.describe()))
+        return lines
+
+
+def data_name(config: RunConfig) -> str:
+    """The task of fine-tuning data, the name of pretraining text."""
+    return config.data.task if isinstance(config.data, FinetuneData) else config.data.name
+
+
+def base_input(config: RunConfig) -> StageInput:
+    """The pretrained model as an input; its fingerprint is the identity of its weights."""
+    if isinstance(config.training, PretrainConfig) and config.training.from_scratch:
+        return FROM_SCRATCH
+    return StageInput(stage="base", fingerprint=identity(config.model), path=None, reason="the pretrained model")
+
+
+def repository_root() -> Path | None:
+    """The checkout that this code runs from, or None for an installed wheel."""
+    for folder in Path(wrinklefree.__file__).resolve().parents:
+        if (folder / ".git").exists():
+            return folder
+    return None
+
+
+def plan_stage(
+    config: RunConfig,
+    tree: Mapping[str, Any],
+    *,
+    source: StageInput | None = None,
+    teacher: StageInput | None = None,
+    base: StageInput | None = None,
+) -> StagePlan:
+    """Resolve inputs and identity of one stage. Inputs given by a pipeline are taken as they are."""
+    stage = STAGES[config.training.stage]
+    base = base or base_input(config)
+    training = config.training
+    output_dir = Path(config.output_dir)
+    assert isinstance(training, StageConfig | Stage1Config)
+    if source is None:
+        source = find_input(
+            stage, model_name=config.model.name, output_dir=output_dir, init_from=training.init_from, base=base
+        )
+    if stage.teacher == "base":
+        teacher = base
+    elif stage.teacher == "task" and teacher is None:
+        assert isinstance(training, Stage3Config)
+        teacher = find_task_teacher(
+            source=training.teacher.source,
+            model_name=config.model.name,
+            output_dir=output_dir,
+            task=data_name(config),
+            base=base,
+        )
+    data = data_fingerprint(config.data, source.fingerprint if source is FROM_SCRATCH else base.fingerprint)
+    inputs = {"source": source.fingerprint, "data": data}
+    if teacher is not None:
+        inputs["teacher"] = teacher.fingerprint
+    return StagePlan(
+        config=config,
+        tree=tree,
+        stage=stage,
+        base=base,
+        source=source,
+        teacher=teacher,
+        fingerprint=fingerprint(tree, sections=stage.sections, inputs=inputs, repository=repository_root()),
+        data_fingerprint=data,
+    )
+
+
+def steps_for(training: StageConfig, batches_per_epoch: int | None) -> int:
+    """Optimizer steps of a run: `max_steps`, else `total_tokens` or `epochs` rounded up to whole steps."""
+    if training.max_steps is not None:
+        return training.max_steps
+    accumulation = training.gradient_accumulation_steps
+    if training.total_tokens is not None:
+        return math.ceil(training.total_tokens / (training.batch_size * training.max_seq_length * accumulation))
+    assert training.epochs is not None
+    if batches_per_epoch is None:
+        from wrinklefree.utils.errors import ConfigError
+
+        raise ConfigError(
+            "training.epochs counts passes over a task, and this data is a text stream; give training.total_tokens=..."
+        )
+    return max(1, math.ceil(training.epochs * batches_per_epoch / accumulation))
+
+
+def combined_fingerprint(plans: Mapping[str, StagePlan]) -> str:
+    """Identity of a pipeline: of its parts, in order."""
+    digest = hashlib.sha256()
+    for name, plan in plans.items():
+        digest.update(f"{name}={plan.fingerprint.value}\n".encode())
+    return digest.hexdigest()

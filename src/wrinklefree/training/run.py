@@ -1,0 +1,370 @@
+"""Run one command: a stage, or the pipeline of stages."""
+
+import json
+import logging
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from wrinklefree.data.config import FinetuneData, PretrainData
+from wrinklefree.data.finetune_dataset import finetune_stream
+from wrinklefree.data.pretrain_dataset import held_out_rows, pretrain_stream, training_documents
+from wrinklefree.data.streams import BatchStream
+from wrinklefree.distillation.combined_loss import language_model_objective, layerwise_objective, stage3_objective
+from wrinklefree.distillation.objective import Objective
+from wrinklefree.distillation.teacher import Teacher
+from wrinklefree.models.artifact import read_artifact, write_artifact
+from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.config import Architecture
+from wrinklefree.models.convert import to_bitnet
+from wrinklefree.models.hf import load_pretrained
+from wrinklefree.models.llama import CausalLM
+from wrinklefree.models.subln import set_subln_strength
+from wrinklefree.training.callbacks import (
+    Callback,
+    LossPlot,
+    MetricsFile,
+    ProgressLine,
+    QuantizationTelemetry,
+    RunInfo,
+)
+from wrinklefree.training.config import (
+    PipelineConfig,
+    PretrainConfig,
+    RunConfig,
+    Stage1Config,
+    Stage3Config,
+    StageConfig,
+)
+from wrinklefree.training.device import (
+    MODEL_FLOP_UTILIZATION,
+    Compute,
+    choose_compute,
+    measured_flops_per_second,
+    refuse_endless_cpu_run,
+    training_flops,
+)
+from wrinklefree.training.evaluation import score_language
+from wrinklefree.training.inputs import StageInput
+from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
+from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
+from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils.audit_logger import AuditLogger
+from wrinklefree.utils.determinism import seed_everything
+from wrinklefree.utils.run_manager import Run, open_run, point
+from wrinklefree.utils.storage import check_writable
+from wrinklefree.utils.tokenizer import TextTokenizer, train_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """A completed stage."""
+
+    plan: StagePlan
+    skipped: bool
+    seconds: float
+    tokens: int
+
+
+def run(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) -> int:
+    """Run `config`; returns the exit code (0, or 128 + the signal that interrupted it)."""
+    check_writable(Path(config.output_dir))
+    try:
+        if isinstance(config.training, PipelineConfig):
+            from wrinklefree.training.pipeline import run_pipeline
+
+            run_pipeline(config, tree, overrides)
+        elif config.dry_run:
+            show_plan(plan_stage(config, tree))
+        else:
+            run_stage(plan_stage(config, tree))
+    except Interrupted as stopped:
+        logger.warning("%s; the same command resumes it", stopped)
+        return 128 + stopped.signal_number
+    return 0
+
+
+def show_plan(plan: StagePlan) -> None:
+    """Log what `dry_run=true` promises: stage, model, data, length, inputs and outputs."""
+    training = plan.config.training
+    steps = tokens = None
+    if isinstance(training, StageConfig):
+        stream = open_stream(plan.config, load_tokenizer(plan)) if training.epochs and not training.max_steps else None
+        steps = steps_for(training, stream.batches_per_epoch if stream else None)
+        tokens = steps * training.batch_size * training.max_seq_length * training.gradient_accumulation_steps
+    for key, value in plan.lines(steps, tokens):
+        logger.info("%-12s %s", key, value)
+
+
+def run_stage(plan: StagePlan) -> StageResult:
+    """Run one stage, or skip it when its fingerprint is complete; moves the seed's pointer to its artifact."""
+    started = time.perf_counter()
+    config = plan.config
+    audit = AuditLogger(Path(config.audit.directory)) if config.audit.enabled else None
+    run_ = open_run(
+        plan.run_folder,
+        plan.fingerprint,
+        skip_completed=config.resume.skip_completed,
+        fresh=config.skip_recovery,
+        audit=audit,
+    )
+    with run_:
+        if run_.is_complete():
+            logger.info("%s: already complete (%s), skipped", plan.stage.title, plan.run_folder)
+            point(plan.pointer, plan.artifact)
+            tokens = int(read_artifact(plan.artifact).lineage["tokens"])
+            return StageResult(plan, skipped=True, seconds=time.perf_counter() - started, tokens=tokens)
+        warn_if_dirty(plan, audit)
+        logger.info("%s: reads %s", plan.stage.title, plan.source.describe())
+        if plan.teacher is not None:
+            logger.info("%s: teacher is %s", plan.stage.title, plan.teacher.describe())
+        seed_everything(config.seed)
+        run_.mark("running")
+        try:
+            tokens = _insert_subln(plan) if isinstance(config.training, Stage1Config) else _train(plan, run_)
+        except Interrupted as stopped:
+            run_.mark("interrupted", step=stopped.step)
+            raise
+        except BaseException as error:
+            run_.mark("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        seconds = time.perf_counter() - started
+        run_.mark("completed", tokens=tokens, seconds=seconds)
+        point(plan.pointer, plan.artifact)
+        logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
+        return StageResult(plan, skipped=False, seconds=seconds, tokens=tokens)
+
+
+def warn_if_dirty(plan: StagePlan, audit: AuditLogger | None) -> None:
+    """The banner and audit entry for uncommitted changes."""
+    if plan.fingerprint.git_dirty and audit is not None:
+        audit.warn_dirty_git(plan.fingerprint)
+
+
+def load_tokenizer(plan: StagePlan) -> TextTokenizer:
+    """The tokenizer of the run's input: the artifact's, the base model's, or a new one trained on the data."""
+    if plan.source.path is not None:
+        return read_artifact(plan.source.path).load_tokenizer()
+    if plan.source is FROM_SCRATCH:
+        assert isinstance(plan.config.data, PretrainData)
+        logger.info("training a tokenizer of %d words", plan.config.model.architecture.vocab_size)
+        return train_tokenizer(training_documents(plan.config.data), plan.config.model.architecture.vocab_size)
+    return load_pretrained(plan.config.model)[1]
+
+
+def load_model(source: StageInput, config: RunConfig) -> tuple[CausalLM, TextTokenizer]:
+    """Weights and tokenizer of a stage's input."""
+    if source.path is None:
+        return load_pretrained(config.model)
+    artifact = read_artifact(source.path, expect_architecture=config.model.architecture)
+    return artifact.load_model(), artifact.load_tokenizer()
+
+
+def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> BatchStream:
+    """The run's training rows."""
+    training = config.training
+    assert isinstance(training, StageConfig)
+    opener: Callable[..., BatchStream] = finetune_stream if isinstance(config.data, FinetuneData) else pretrain_stream
+    return opener(
+        config.data,
+        tokenizer,
+        batch_size=training.batch_size,
+        max_seq_length=training.max_seq_length,
+        packing=config.packing,
+        seed=config.seed,
+    )
+
+
+def _insert_subln(plan: StagePlan) -> int:
+    """Stage 1."""
+    config, training = plan.config, plan.config.training
+    assert isinstance(training, Stage1Config)
+    model, tokenizer = load_model(plan.source, config)
+    text = config.data.replay if isinstance(config.data, FinetuneData) else config.data
+    calibration = []
+    if config.subln.gain != "ones" and config.subln.placement != "none" and text is not None:
+        stream = pretrain_stream(
+            text, tokenizer,
+            batch_size=training.batch_size, max_seq_length=training.max_seq_length,
+            packing=config.packing, seed=config.seed,
+        )  # fmt: skip
+        rows = training.batch_size * training.max_seq_length
+        calibration = [stream.next_batch() for _ in range(-(-config.subln.calibration_tokens // rows))]
+    ternary = to_bitnet(
+        model,
+        placement=config.subln.placement,
+        gain=config.subln.gain,
+        activation_bits=config.model.quantization.activation_bits,
+        strength=0.0 if config.subln.warmup else 1.0,
+        calibration=calibration,
+    )
+    write_artifact(plan.artifact, ternary, tokenizer, lineage_record(plan, tokens=0, resolved={}))
+    return 0
+
+
+def make_objective(plan: StagePlan, architecture: Architecture, teacher: CausalLM | None) -> Objective:
+    """What the stage minimises."""
+    if plan.stage.name == "stage3":
+        assert teacher is not None
+        return stage3_objective(plan.config.distillation, architecture, teacher.architecture)
+    if plan.stage.name == "stage1_9":
+        return layerwise_objective(plan.config.layerwise, architecture)
+    return language_model_objective()
+
+
+def _train(plan: StagePlan, run_: Run) -> int:
+    """Every other stage: build the parts, fit, write the artifact; returns the tokens trained on."""
+    config, training = plan.config, plan.config.training
+    assert isinstance(training, StageConfig)
+    compute = choose_compute(training.dtype)
+    if plan.source is FROM_SCRATCH:
+        assert isinstance(training, PretrainConfig)
+        tokenizer = load_tokenizer(plan)
+        model = CausalLM(config.model.architecture)
+    else:
+        model, tokenizer = load_model(plan.source, config)
+    model.to(compute.device).train()
+    model.activation_checkpointing = training.activation_checkpointing
+    teacher = teacher_model = None
+    if plan.teacher is not None:
+        teacher_model, _ = load_model(plan.teacher, config)
+        offload = isinstance(training, Stage3Config) and training.teacher.offload
+        teacher = Teacher(teacher_model.to(compute.device), offload=offload)
+    stream = open_stream(config, tokenizer)
+    total_steps = steps_for(training, stream.batches_per_epoch)
+    if compute.device.type == "cpu":
+        tokens = total_steps * training.gradient_accumulation_steps * training.batch_size * training.max_seq_length
+        flops = training_flops(sum(p.numel() for p in model.parameters()), tokens, with_teacher=teacher is not None)
+        seconds = flops / (measured_flops_per_second(compute) * MODEL_FLOP_UTILIZATION)
+        refuse_endless_cpu_run(seconds, allow_slow=config.allow_slow, command_hint=plan.stage.title)
+    resolved = resolve_optimizer(config.optimizer, plan.stage.name, compute.device.type)
+    logger.info("optimizer: %s", resolved.reason)
+    identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "device": compute.device.type}
+    spec = model.bitnet
+    trainer = Trainer(
+        model=model,
+        objective=make_objective(plan, model.architecture, teacher_model),
+        optimizer=build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed),
+        stream=stream,
+        settings=TrainerSettings(
+            total_steps=total_steps,
+            accumulation_steps=training.gradient_accumulation_steps,
+            peak_learning_rate=training.lr,
+            weight_decay=config.optimizer.weight_decay,
+            schedule=training.schedule,
+            warmup=training.quantization_warmup,
+            grad_clip=training.grad_clip,
+            save_interval=training.checkpoint.save_interval,
+            evaluation_interval=training.evaluation.interval,
+            max_nonfinite_steps=training.max_nonfinite_steps,
+        ),
+        compute=compute,
+        warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
+        teacher=teacher,
+        store=run_.checkpoints,
+        callbacks=make_callbacks(plan, model),
+        evaluate=make_validation(config, model, tokenizer, compute),
+        identity=identity,
+    )
+    resumed = trainer.resume(allow_identity_change=config.resume.allow_device_change)
+    with stop_on_signals(trainer):
+        trainer.fit(RunInfo(plan.stage.name, plan.run_folder, total_steps, resumed))
+    set_quantization(model, 1.0)
+    set_subln_strength(model, 1.0)
+    write_artifact(
+        plan.artifact,
+        model.to("cpu"),
+        tokenizer,
+        lineage_record(plan, tokens=trainer.progress.tokens, resolved=identity),
+    )
+    run_.checkpoints.clear()
+    return trainer.progress.tokens
+
+
+def make_callbacks(plan: StagePlan, model: CausalLM) -> list[Callback]:
+    """Progress, metrics, plot, and for ternary models the telemetry of the quantizer."""
+    interval = plan.config.training.logging.log_interval if isinstance(plan.config.training, StageConfig) else 1
+    callbacks: list[Callback] = []
+    if plan.stage.ternary:
+        callbacks.append(QuantizationTelemetry(model, interval))
+    return [*callbacks, ProgressLine(interval), MetricsFile(), LossPlot()]
+
+
+def make_validation(
+    config: RunConfig, model: CausalLM, tokenizer: TextTokenizer, compute: Compute
+) -> Callable[[], Mapping[str, float]] | None:
+    """Held-out bits per byte of the run's text, or None when evaluation is off or there is no text."""
+    training = config.training
+    text = config.data.replay if isinstance(config.data, FinetuneData) else config.data
+    if not isinstance(training, StageConfig) or training.evaluation.max_tokens == 0 or text is None:
+        return None
+    held_out = held_out_rows(
+        text, tokenizer,
+        split="validation", max_tokens=training.evaluation.max_tokens,
+        max_seq_length=training.max_seq_length, batch_size=training.batch_size,
+    )  # fmt: skip
+
+    def evaluate() -> Mapping[str, float]:
+        score = score_language(model, held_out, compute)
+        return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
+
+    return evaluate
+
+
+@contextmanager
+def stop_on_signals(trainer: Trainer) -> Iterator[None]:
+    """First SIGTERM or SIGINT: finish the step, save, stop. Second: at once."""
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if trainer.stop_signal is not None:
+            raise SystemExit(128 + number)
+        logger.warning("signal %d: finishing this step and saving; once more to stop at once", number)
+        trainer.stop_signal = number
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def lineage_record(plan: StagePlan, *, tokens: int, resolved: Mapping[str, str]) -> dict[str, Any]:
+    """What an artifact was made from and how; `ancestors` is how later stages find their input."""
+
+    def parent(role: str, source: StageInput) -> dict[str, Any]:
+        return {"role": role, "stage": source.stage, "fingerprint": source.fingerprint, "path": str(source.path or "")}
+
+    parents = [parent("init", plan.source)]
+    if plan.teacher is not None:
+        parents.append(parent("teacher", plan.teacher))
+    model = plan.config.model
+    return {
+        "stage": plan.stage.name,
+        "fingerprint": plan.fingerprint.value,
+        "parents": parents,
+        "ancestors": [*map(list, plan.source.ancestors), [plan.stage.name, plan.fingerprint.value]],
+        "base": {
+            "name": model.name,
+            "source": model.source,
+            "from": {"hub": model.pretrained, "package": model.package, "path": model.path}[model.source],
+            "fingerprint": plan.base.fingerprint,
+        },
+        "data": {"name": plan.task, "fingerprint": plan.data_fingerprint},
+        "tokens": tokens,
+        "seed": plan.config.seed,
+        "git_commit": plan.fingerprint.git_commit,
+        "git_dirty": plan.fingerprint.git_dirty,
+        "resolved": dict(resolved),
+        "versions": {"python": platform.python_version(), **{n: version(n) for n in ("torch", "wrinklefree")}},
+        "config": json.loads(json.dumps(plan.tree)),
+    }

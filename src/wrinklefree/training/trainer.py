@@ -1,0 +1,341 @@
+"""The training loop. It knows no stage, no loss and no file format: a model, an objective, a stream and a schedule.
+
+One step: read the micro-batches; count their targets once (and, sharded, sum the counts over ranks); set lambda and
+the SubLN strength, both pure functions of the step; forward, teacher forward, objective and backward per micro-batch,
+each term a sum over tokens divided by its global count, so that accumulation is exact; clip; skip the update if
+anything is not finite; update. The loss, its terms and the gradient norm come to the host in one transfer.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wrinklefree.data.streams import BatchStream
+from wrinklefree.distillation.objective import Objective
+from wrinklefree.distillation.teacher import Teacher
+from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.llama import CausalLM
+from wrinklefree.models.records import Batch
+from wrinklefree.models.subln import set_subln_strength
+from wrinklefree.quantization.schedule import warmup_value
+from wrinklefree.training.callbacks import Callback, RunInfo, StepReport
+from wrinklefree.training.config import ScheduleConfig, WarmupConfig
+from wrinklefree.training.device import Compute
+from wrinklefree.training.optimizers import set_learning_rate, set_weight_decay
+from wrinklefree.training.schedules import learning_rate, weight_decay
+from wrinklefree.utils.checkpoint import (
+    Checkpoint,
+    CheckpointStore,
+    pack_optimizer_state,
+    restore_rng_state,
+    rng_state,
+    unpack_optimizer_state,
+)
+from wrinklefree.utils.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The numbers of a run."""
+
+    total_steps: int
+    accumulation_steps: int
+    peak_learning_rate: float
+    weight_decay: float
+    schedule: ScheduleConfig
+    warmup: WarmupConfig
+    grad_clip: float
+    save_interval: int
+    evaluation_interval: int
+    max_nonfinite_steps: int
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """Where the input artifact's warm-ups stand; a warm-up never goes back."""
+
+    quantization_lambda: float
+    subln_strength: float
+
+
+@dataclass
+class Progress:
+    """What the loop has done so far; saved with every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    skipped_in_a_row: int = 0
+    seconds: float = 0.0
+
+
+class Interrupted(Exception):  # noqa: N818 - a request, not an error
+    """A signal asked the run to stop; the checkpoint is written."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        """Keep the signal, which decides the exit code, and the step that was saved."""
+        super().__init__(f"stopped by signal {signal_number} after step {step}")
+        self.signal_number = signal_number
+        self.step = step
+
+
+def warmup_steps(total_steps: int, config: WarmupConfig) -> int:
+    """Steps that a warm-up takes: `share` of the run, at most `max_steps`; always ends before the run does."""
+    return min(config.max_steps, int(total_steps * config.share))
+
+
+class Trainer:
+    """`fit` trains `model` in place and returns the last report."""
+
+    def __init__(
+        self,
+        *,
+        model: CausalLM,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        stream: BatchStream,
+        settings: TrainerSettings,
+        compute: Compute,
+        warm_start: WarmStart,
+        teacher: Teacher | None = None,
+        store: CheckpointStore | None = None,
+        callbacks: Sequence[Callback] = (),
+        evaluate: Callable[[], Mapping[str, float]] | None = None,
+        identity: Mapping[str, str] | None = None,
+    ) -> None:
+        """Hold the parts; nothing runs before `fit`. `identity` is stored with, and checked against, checkpoints."""
+        self.model = model
+        self.objective = objective
+        self.optimizer = optimizer
+        self.stream = stream
+        self.settings = settings
+        self.compute = compute
+        self.warm_start = warm_start
+        self.teacher = teacher
+        self.store = store
+        self.callbacks = callbacks
+        self.evaluate = evaluate
+        self.identity = dict(identity or {})
+        self.progress = Progress()
+        self.stop_signal: int | None = None
+        self._trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def warmups_at(self, step: int) -> WarmStart:
+        """Lambda and SubLN strength of `step` (from 0); both are 1 from the end of the warm-up on."""
+        config = self.settings.warmup
+        steps = warmup_steps(self.settings.total_steps, config)
+
+        def value(start: float) -> float:
+            return warmup_value(step, start=start, steps=steps, shape=config.schedule)
+
+        return WarmStart(value(self.warm_start.quantization_lambda), value(self.warm_start.subln_strength))
+
+    def fit(self, info: RunInfo) -> None:
+        """Train to the last step, from where `resume` left off.
+
+        Raises:
+            NonFiniteError: after `max_nonfinite_steps` steps in a row without a finite loss and gradient.
+            OutOfMemoryError: when the device has too little memory; says what to try.
+            Interrupted: after a signal (`stop_signal`), once the checkpoint is written.
+        """
+        try:
+            for callback in self.callbacks:
+                callback.on_start(info)
+            while self.progress.step < self.settings.total_steps:
+                self._step_and_after()
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+
+    def _step_and_after(self) -> None:
+        """One step; then evaluation, checkpoint and the last step's callbacks, where they are due."""
+        report = self.train_step()
+        step, total, every = self.progress.step, self.settings.total_steps, self.settings.evaluation_interval
+        last = step == total
+        for callback in self.callbacks:
+            callback.on_step(report)
+        if self.evaluate and (last or (every and step % every == 0)):
+            report.evaluation = self.evaluate()
+            for callback in self.callbacks:
+                callback.on_evaluation(report)
+        if last:
+            for callback in self.callbacks:
+                callback.on_end(report)
+        if self.store and (last or step % self.settings.save_interval == 0 or self.stop_signal):
+            self.save()
+        if self.stop_signal and not last:
+            raise Interrupted(self.stop_signal, step)
+
+    def train_step(self) -> StepReport:
+        """One optimizer step; see the module's docstring."""
+        started = time.perf_counter()
+        step = self.progress.step
+        warmups = self.warmups_at(step)
+        set_quantization(self.model, warmups.quantization_lambda)
+        set_subln_strength(self.model, warmups.subln_strength)
+        rate = learning_rate(step, self.settings.total_steps, self.settings.schedule, self.settings.peak_learning_rate)
+        set_learning_rate(self.optimizer, rate)
+        set_weight_decay(
+            self.optimizer,
+            weight_decay(step, self.settings.total_steps, self.settings.schedule, self.settings.weight_decay),
+        )
+
+        batches = [self.stream.next_batch() for _ in range(self.settings.accumulation_steps)]
+        counts: dict[str, float] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0.0) + count
+        try:
+            if step == 0 and self.objective.needs_calibration:
+                self._calibrate(batches, counts)
+            total, terms, weights = self._accumulate(batches, counts)
+            norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.grad_clip)
+        except torch.OutOfMemoryError as error:
+            raise self._out_of_memory(batches[0]) from error
+        names = list(terms)
+        values = torch.stack([total, norm.float(), *(terms[name] for name in names)]).tolist()
+        finite = all(value - value == 0.0 for value in values[:2])
+        if finite:
+            self.optimizer.step()
+            self.progress.skipped_in_a_row = 0
+        self.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.perf_counter() - started
+        tokens = sum(batch.input_ids.numel() for batch in batches)
+        self.progress.step += 1
+        self.progress.tokens += tokens
+        self.progress.seconds += seconds
+        if not finite:
+            self._count_nonfinite(values[0], values[1])
+        left = self.settings.total_steps - self.progress.step
+        return StepReport(
+            step=self.progress.step,
+            total_steps=self.settings.total_steps,
+            loss=values[0],
+            terms=dict(zip(names, values[2:], strict=True)),
+            weights=weights,
+            learning_rate=rate,
+            grad_norm=values[1],
+            tokens=self.progress.tokens,
+            tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
+            eta_seconds=left * self.progress.seconds / self.progress.step,
+            quantization_lambda=warmups.quantization_lambda,
+            subln_strength=warmups.subln_strength,
+            skipped=not finite,
+        )
+
+    def _forward(self, batch: Batch, counts: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        moved = batch.to(self.compute.device)
+        with self.compute.autocast():
+            teacher_output = None
+            if self.teacher is not None and self.objective.teacher_wants is not None:
+                teacher_output = self.teacher(moved, self.objective.teacher_wants)
+            student_output = self.model(moved, self.objective.student_wants)
+            losses = self.objective(student_output, teacher_output, moved, counts)
+        return losses.total, losses.terms, losses.weights
+
+    def _accumulate(
+        self, batches: Sequence[Batch], counts: Mapping[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+        """Backward of every micro-batch; the sums of totals and terms, on the device."""
+        totals: list[Tensor] = []
+        sums: dict[str, Tensor] = {}
+        weights: dict[str, float] = {}
+        for batch in batches:
+            total, terms, weights = self._forward(batch, counts)
+            total.backward()
+            totals.append(total.detach().float())
+            for name, value in terms.items():
+                sums[name] = sums[name] + value.detach().float() if name in sums else value.detach().float()
+        return torch.stack(totals).sum(), sums, weights
+
+    def _calibrate(self, batches: Sequence[Batch], counts: Mapping[str, float]) -> None:
+        """Let the objective fix its `auto` weights on the step-0 terms, before the first gradient."""
+        sums: dict[str, float] = {}
+        with torch.no_grad():
+            for batch in batches:
+                _, terms, _ = self._forward(batch, counts)
+                for name, value in terms.items():
+                    sums[name] = sums.get(name, 0.0) + float(value)
+        self.objective.calibrate(sums)
+
+    def _count_nonfinite(self, loss: float, norm: float) -> None:
+        self.progress.skipped_in_a_row += 1
+        logger.warning(
+            "step %d skipped: loss %g, gradient norm %g (%d in a row)",
+            self.progress.step, loss, norm, self.progress.skipped_in_a_row,
+        )  # fmt: skip
+        if self.progress.skipped_in_a_row >= self.settings.max_nonfinite_steps:
+            raise NonFiniteError(
+                f"loss {loss:g} and gradient norm {norm:g} at step {self.progress.step}, the "
+                f"{self.progress.skipped_in_a_row}th step in a row that is not finite. Lower training.lr "
+                f"(now {self.settings.peak_learning_rate:g}) or training.grad_clip; the last good checkpoint is kept."
+            )
+
+    def _out_of_memory(self, batch: Batch) -> OutOfMemoryError:
+        rows, length = batch.input_ids.shape
+        accumulation = self.settings.accumulation_steps
+        return OutOfMemoryError(
+            f"out of memory at batch {rows} x {length} tokens, accumulation {accumulation}. Same mathematics in less "
+            f"memory: training.batch_size={max(rows // 2, 1)} training.gradient_accumulation_steps={accumulation * 2}, "
+            "or training.activation_checkpointing=true; or shorter rows: "
+            f"training.max_seq_length={max(length // 2, 8)}"
+        )
+
+    def save(self) -> None:
+        """Write a resumable checkpoint of everything that decides the next step."""
+        if self.store is None:
+            return
+        optimizer_tensors, optimizer_state = pack_optimizer_state(self.optimizer)
+        rng_tensors, rng = rng_state()
+        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors.items()}
+        tensors |= {f"rng.{name}": value for name, value in rng_tensors.items()}
+        state: dict[str, Any] = {
+            "progress": vars(self.progress),
+            "identity": self.identity,
+            "optimizer": optimizer_state,
+            "rng": rng,
+            "stream": self.stream.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
+        self.store.save(self.progress.step, tensors, state)
+
+    def resume(self, *, allow_identity_change: bool) -> int:
+        """Continue from the newest checkpoint that verifies; returns its step, 0 when there is none.
+
+        Raises:
+            CheckpointError: when all checkpoints are corrupt, or the device resolves dtype, optimizer or attention
+                backend differently than when the run began.
+        """
+        checkpoint = self.store.latest() if self.store else None
+        if checkpoint is None:
+            return 0
+        self._check_identity(checkpoint, allow_identity_change=allow_identity_change)
+        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
+        for name, value in checkpoint.tensors.items():
+            group, _, key = name.partition(".")
+            groups[group][key] = value
+        self.model.load_state_dict(groups["model"], strict=True)
+        unpack_optimizer_state(self.optimizer, groups["optimizer"], checkpoint.state["optimizer"])
+        restore_rng_state(groups["rng"], checkpoint.state["rng"])
+        self.stream.load_state_dict(checkpoint.state["stream"])
+        self.objective.load_state_dict(checkpoint.state["objective"])
+        self.progress = Progress(**checkpoint.state["progress"])
+        return self.progress.step
+
+    def _check_identity(self, checkpoint: Checkpoint, *, allow_identity_change: bool) -> None:
+        before = checkpoint.state["identity"]
+        changed = [f"{key} {before.get(key)} -> {now}" for key, now in self.identity.items() if before.get(key) != now]
+        if changed and not allow_identity_change:
+            raise CheckpointError(
+                f"the run was begun with another set-up ({'; '.join(changed)}), so it cannot be continued bit by bit. "
+                "Continue anyway with resume.allow_device_change=true, or start fresh with skip_recovery=true."
+            )
