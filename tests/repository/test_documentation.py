@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -54,7 +55,7 @@ def without_launcher(words: list[str]) -> list[str]:
 def check_uv_sync(arguments: list[str]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     known = {"--extra": project["project"]["optional-dependencies"], "--group": project["dependency-groups"]}
-    for flag, value in zip(arguments, [*arguments[1:], ""], strict=True):
+    for flag, value in pairwise([*arguments, ""]):
         if flag.startswith("--"):
             assert flag == "--all-extras" or value in known[flag], f"{flag} {value}"
 
