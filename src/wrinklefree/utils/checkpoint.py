@@ -1,5 +1,282 @@
-"""Checkpoints of a run in progress."""
+"""Checkpoints of a run in progress: written so that a kill at any moment loses at most the step being saved.
 
-from wrinklefree.utils.manifest import commit_folder, verify_manifest, write_manifest
+`step_00000500/` holds `tensors.safetensors`, `state.json` and the manifest. It is filled under a temporary name, flushed,
+and renamed; so a folder without a temporary mark is complete, or rotten, or half pruned, and the manifest tells. There is no
+`latest` pointer: the newest folder that verifies *is* the latest, and a pointer could only disagree. Nothing is
+pickled, since unpickling a file runs whatever it contains.
 
-__all__ = ["commit_folder", "verify_manifest", "write_manifest"]
+Not here: what belongs into a checkpoint (the trainer knows), and sharded states of several ranks.
+"""
+
+import hashlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from wrinklefree.utils.errors import CheckpointError
+from wrinklefree.utils.manifest import (
+    MANIFEST,
+    commit_folder,
+    remove_folder,
+    verify_manifest,
+    write_manifest,
+)
+from wrinklefree.utils.storage import (
+    check_space,
+    durable_file,
+    explained,
+    remove_leftovers,
+    temporary_folder,
+    write_all,
+    write_durably,
+)
+from wrinklefree.utils.training_state import (
+    pack_optimizer_state,
+    require_string_keys,
+    restore_rng_state,
+    rng_state,
+    unpack_optimizer_state,
+)
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointStore",
+    "commit_folder",
+    "pack_optimizer_state",
+    "restore_rng_state",
+    "rng_state",
+    "unpack_optimizer_state",
+    "verify_manifest",
+    "write_manifest",
+    "write_tensors",
+]
+
+logger = logging.getLogger(__name__)
+
+_TENSORS = "tensors.safetensors"
+_STATE = "state.json"
+_FOLDER_NAME = re.compile(r"step_(\d{8,})(?:_r(\d+))?")
+_LEAST_KEPT = 2
+
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Tensors of a safetensors file, read one by one as they are asked for (on the CPU, in memory of their own)."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: Any = safe_open(path, framework="pt")
+        self._names: frozenset[str] = frozenset(self._file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        # A copy: the file is mapped into memory, and pruning or a network disk may take it away under the tensor.
+        return self._file.get_tensor(name).clone()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint."""
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    state: dict[str, Any]
+    path: Path
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in one folder.
+
+    Args:
+        folder: Created with the first save.
+        keep_last_n: How many to keep; never fewer than 2, so that one can rot.
+        on_corrupt: Called with folder name -> reason when `latest` had to pass over corrupt checkpoints.
+    """
+
+    def __init__(
+        self, folder: Path, keep_last_n: int, *, on_corrupt: Callable[[Mapping[str, str]], None] | None = None
+    ) -> None:
+        self.folder = folder
+        self.keep = max(_LEAST_KEPT, keep_last_n)
+        self._on_corrupt = on_corrupt
+        self._corrupt: set[Path] = set()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+        """Write a checkpoint, verify what the disk holds, prune older ones, and return its folder.
+
+        Whatever goes wrong, the checkpoints that were there stay, and no partial folder does.
+
+        Raises:
+            StorageError: when the disk is full or refuses; says the size needed and the size free.
+            CheckpointError: when the disk holds something else than was written.
+        """
+        require_string_keys(state, "state")
+        encoded = json.dumps(state).encode()
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        check_space(self.folder, size + len(encoded))
+        final = self._free_name(step)
+        temporary = temporary_folder(final)
+        try:
+            with explained(final):
+                digests = {_TENSORS: write_tensors(temporary / _TENSORS, tensors)}
+                write_durably(temporary / _STATE, encoded)
+            digests[_STATE] = hashlib.sha256(encoded).hexdigest()
+            write_manifest(temporary, {"step": step}, digests=digests)
+            commit_folder(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        verify_manifest(final)
+        self._prune(final)
+        return final
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint that verifies; None when there never was one.
+
+        Raises:
+            CheckpointError: when there are checkpoints and all are corrupt: starting afresh must be asked for.
+        """
+        reasons: dict[str, str] = {}
+        found: Checkpoint | None = None
+        for folder in self._folders():
+            try:
+                found = _load(folder)
+                break
+            except CheckpointError as error:
+                self._corrupt.add(folder)
+                reasons[folder.name] = str(error)
+        if found is None and reasons:
+            raise CheckpointError(
+                f"all {len(reasons)} checkpoints in {self.folder} are corrupt ({'; '.join(reasons.values())}). Restore "
+                "one from a backup, or start this run afresh with skip_recovery=true."
+            )
+        if found is not None and reasons:
+            for reason in reasons.values():
+                logger.warning("CORRUPT CHECKPOINT: %s", reason)
+            logger.warning("CORRUPT CHECKPOINT: falling back to %s; the steps after it are trained again.", found.path)
+            if self._on_corrupt is not None:
+                self._on_corrupt(reasons)
+        return found
+
+    def clean(self) -> list[Path]:
+        """Remove what killed processes left: temporary folders, and folders whose pruning had begun.
+
+        Call it at the start of a run, while the run's lock is held.
+        """
+        removed = remove_leftovers(self.folder)
+        folders = self._folders()
+        complete = [index for index, folder in enumerate(folders) if (folder / MANIFEST).is_file()]
+        if complete:
+            half_pruned = [folder for folder in folders[complete[0] :] if not (folder / MANIFEST).is_file()]
+            for folder in half_pruned:
+                remove_folder(folder)
+            removed += half_pruned
+        return removed
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the run starts afresh."""
+        for folder in reversed(self._folders()):
+            remove_folder(folder)
+        remove_leftovers(self.folder)
+
+    def _folders(self) -> list[Path]:
+        """Committed folders, newest first."""
+        if not self.folder.is_dir():
+            return []
+        found: list[tuple[tuple[int, int], Path]] = []
+        for path in self.folder.iterdir():
+            name = _FOLDER_NAME.fullmatch(path.name)
+            if name is not None and path.is_dir():
+                found.append(((int(name[1]), int(name[2] or 0)), path))
+        return [path for _, path in sorted(found, reverse=True)]
+
+    def _free_name(self, step: int) -> Path:
+        """A name that is not taken; a step that was saved before (then rotted, or was trained again) gets a revision."""
+        path = self.folder / f"step_{step:08d}"
+        revision = 0
+        while path.exists():
+            revision += 1
+            path = self.folder / f"step_{step:08d}_r{revision}"
+        return path
+
+    def _prune(self, newest: Path) -> None:
+        """Remove known-corrupt checkpoints and all but `keep` others; `newest` has just been verified."""
+        sound = [path for path in self._folders() if path not in self._corrupt]
+        kept = {newest, *sound[: self.keep]}
+        for folder in reversed(self._folders()):
+            if folder not in kept:
+                remove_folder(folder)
+                self._corrupt.discard(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a safetensors file, tensor by tensor (never all in memory twice), and return the SHA-256 of its content.
+
+    Written by hand because the library's writer copies every tensor first and reports a full disk as an error of its
+    own; it is eight bytes of header length, a JSON header and the raw data. Raises plain `OSError`.
+    """
+    # Widest elements first: every tensor then starts at a multiple of its element size, as readers need.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    entries: dict[str, dict[str, Any]] = {}
+    offset = 0
+    for name, tensor in ordered:
+        end = offset + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    digest = hashlib.sha256()
+    with durable_file(path) as descriptor:
+        for data in (len(header).to_bytes(8, "little"), header, *(tensor for _, tensor in ordered)):
+            raw = _raw(data) if isinstance(data, Tensor) else data
+            digest.update(raw)
+            write_all(descriptor, raw)
+    return digest.hexdigest()
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, fetched from its device now."""
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+def _load(folder: Path) -> Checkpoint:
+    manifest = verify_manifest(folder)
+    name = _FOLDER_NAME.fullmatch(folder.name)
+    if name is None or manifest["step"] != int(name[1]):
+        raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed after it was saved")
+    state = json.loads((folder / _STATE).read_bytes())
+    return Checkpoint(step=manifest["step"], tensors=TensorFile(folder / _TENSORS), state=state, path=folder)
