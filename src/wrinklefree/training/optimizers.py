@@ -212,8 +212,8 @@ def _adamw_8bit(groups: list[dict[str, Any]], config: OptimizerConfig, lr: float
         from bitsandbytes.optim.adamw import AdamW8bit
     except ImportError as error:
         raise ConfigError(
-            f"optimizer.type=adamw_8bit needs bitsandbytes, which does not import here ({error}); install it, or choose "
-            "optimizer.type=adamw"
+            f"optimizer.type=adamw_8bit needs bitsandbytes, which does not import here ({error}); install it, or "
+            "choose optimizer.type=adamw"
         ) from error
     return AdamW8bit(
         groups, lr=lr, betas=(config.beta1, config.beta2), eps=config.eps, weight_decay=config.weight_decay

@@ -24,8 +24,8 @@ def warmup_steps(total_steps: int, config: ScheduleConfig) -> int:
         return min(round(config.warmup_share * total_steps), total_steps - 1)
     if config.warmup_steps > total_steps:
         raise ConfigError(
-            f"training.schedule.warmup_steps is {config.warmup_steps}, but the run has only {total_steps} steps: the rate "
-            "would never reach its peak; lower warmup_steps, or leave it out and use warmup_share"
+            f"training.schedule.warmup_steps is {config.warmup_steps}, but the run has only {total_steps} steps: the "
+            "rate would never reach its peak; lower warmup_steps, or leave it out and use warmup_share"
         )
     return config.warmup_steps
 
