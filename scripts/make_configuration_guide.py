@@ -137,11 +137,12 @@ def heading(key: str, cls: type[BaseModel], alternatives: list[type[BaseModel]])
 
 
 def groups(configs: Path) -> Iterator[str]:
-    """The option files of every Hydra group."""
+    """The option files of every Hydra group; recipes stand in a folder a model and are chosen by model and stage."""
     yield "| group | options |"
     yield "|---|---|"
     for folder in sorted(path for path in configs.iterdir() if path.is_dir()):
-        options = ", ".join(f"`{path.stem}`" for path in sorted(folder.glob("*.yaml")))
+        names = sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+        options = ", ".join(f"`{name}`" for name in names)
         yield f"| `{folder.name}=` | {options} |"
 
 

@@ -1,0 +1,141 @@
+"""A command that is killed, and typed again until it completes, writes what it would have written undisturbed."""
+
+import hashlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 40
+WORDS = ("the", "a", "old", "new", "red", "sea", "ship", "wind", "sails", "turns", "sleeps", "harbour", "lamp", "river")
+pytestmark = [pytest.mark.reliability, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Generated sentences: enough variety for a vocabulary and a held-out split."""
+    generator = random.Random(7)
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(200):
+        sentences = [" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) for _ in range(8)]
+        (folder / f"{number}.txt").write_text(". ".join(sentences) + ".\n", encoding="utf-8")
+    return folder
+
+
+def command(corpus: Path, output: Path) -> list[str]:
+    return [
+        sys.executable,
+        str(ROOT / "scripts" / "train.py"),
+        "model=tiny",
+        "training=fp_pretrain",
+        "training.from_scratch=true",
+        "data=local",
+        f"data.sources=[{{kind: local, path: '{corpus}'}}]",
+        "model.architecture.vocab_size=320",
+        "model.architecture.hidden_size=64",
+        "model.architecture.intermediate_size=128",
+        "model.architecture.num_hidden_layers=2",
+        "model.architecture.num_attention_heads=4",
+        "model.architecture.num_key_value_heads=2",
+        "model.architecture.head_dim=16",
+        "training.max_seq_length=64",
+        "training.batch_size=8",
+        "training.gradient_accumulation_steps=2",
+        f"training.max_steps={STEPS}",
+        "training.checkpoint.save_interval=3",
+        "training.evaluation.interval=10",
+        "training.evaluation.max_tokens=500",
+        "audit.enabled=false",
+        f"output_dir={output}",
+    ]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+def start(corpus: Path, output: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        command(corpus, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+    )
+
+
+def finish(corpus: Path, output: Path) -> str:
+    process = start(corpus, output)
+    log, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, log
+    return log
+
+
+def weights(output: Path) -> str:
+    pointer = output / "bitdistill_tiny_fp_pretrain" / "checkpoint"
+    return hashlib.sha256((pointer / "model.safetensors").read_bytes()).hexdigest()
+
+
+def saved_steps(output: Path) -> set[str]:
+    return {path.name for path in output.glob("**/step_*") if path.is_dir() and "tmp" not in path.name}
+
+
+def end_after_new_checkpoint(corpus: Path, output: Path, sign: signal.Signals, delay: float) -> int | None:
+    """Send `sign` some time after the next checkpoint appears; the exit code, or None if the run was faster."""
+    before = saved_steps(output)
+    process = start(corpus, output)
+    deadline = time.monotonic() + 240
+    try:
+        while process.poll() is None and not saved_steps(output) - before:
+            assert time.monotonic() < deadline, "no checkpoint within 240 s"
+            time.sleep(0.005)
+        time.sleep(delay)
+        if process.poll() is not None:
+            return None
+        process.send_signal(sign)
+        process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    return process.returncode
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = tmp_path_factory.mktemp("undisturbed")
+    finish(corpus, output)
+    return weights(output)
+
+
+def test_three_kills_change_no_weight(corpus: Path, undisturbed: str, tmp_path: Path) -> None:
+    generator = random.Random(time.time_ns())
+    delays = [generator.uniform(0, 0.3) for _ in range(3)]
+    codes = [end_after_new_checkpoint(corpus, tmp_path, signal.SIGKILL, delay) for delay in delays]
+    assert -signal.SIGKILL in codes, f"every run ended before its kill (delays {delays})"
+    finish(corpus, tmp_path)
+    assert weights(tmp_path) == undisturbed, f"killed with delays {delays}"
+    assert "complete" in finish(corpus, tmp_path), "a completed run is skipped"
+
+
+def test_terminated_run_saves_and_resumes(corpus: Path, undisturbed: str, tmp_path: Path) -> None:
+    code = end_after_new_checkpoint(corpus, tmp_path, signal.SIGTERM, delay=0.0)
+    assert code == 128 + signal.SIGTERM
+    assert saved_steps(tmp_path)
+    finish(corpus, tmp_path)
+    assert weights(tmp_path) == undisturbed
+
+
+def test_damaged_newest_checkpoint_is_passed_over(corpus: Path, undisturbed: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        end_after_new_checkpoint(corpus, tmp_path, signal.SIGKILL, delay=0.05)
+    folders = sorted(tmp_path.glob("**/step_*"), key=lambda path: int(path.name.removeprefix("step_")))
+    assert len(folders) >= 2
+    largest = max(folders[-1].glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    finish(corpus, tmp_path)
+    assert weights(tmp_path) == undisturbed
