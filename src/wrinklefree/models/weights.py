@@ -1,0 +1,107 @@
+"""Tensors by name into a `CausalLM`, every one accounted for.
+
+A loader that tolerates a missing tensor hands a partly random model to the next stage; here a missing, unexpected or
+misshapen tensor is always an error.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.llama import CausalLM
+from wrinklefree.utils.errors import CheckpointError
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+_FREQUENCIES = "rotary_emb.inv_freq"
+"""Old Llama checkpoints store this constant of the architecture."""
+
+
+def assemble(
+    architecture: Architecture,
+    bitnet: BitNetSpec | None,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    source: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> CausalLM:
+    """A model made of exactly these tensors, converted one by one (peak memory: the model and one tensor).
+
+    Args:
+        architecture: What the model is.
+        bitnet: How it is ternary; None for full precision.
+        tensors: Names and values; a tied model's redundant head is accepted when it equals the embedding.
+        source: Where they come from, for messages.
+        device: Where the parameters go.
+        dtype: Of the parameters.
+
+    Raises:
+        CheckpointError: tensors are missing, unexpected, doubled or misshapen: the count and the first names.
+    """
+    with torch.device("meta"):
+        model = CausalLM(architecture, bitnet)
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    found: dict[str, Tensor] = {}
+    head: Tensor | None = None
+    unexpected: list[str] = []
+    misshapen: list[str] = []
+    for name, tensor in tensors:
+        if name == HEAD and architecture.tie_word_embeddings:
+            head = tensor
+        elif name.endswith(_FREQUENCIES):
+            continue
+        elif name not in wanted or name in found:
+            unexpected.append(name)
+        elif tensor.shape != wanted[name]:
+            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(wanted[name])}")
+        else:
+            found[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    wrong_shapes = {line.partition(" ")[0] for line in misshapen}
+    missing = [name for name in wanted if name not in found and name not in wrong_shapes]
+    problems = [
+        *_problem("missing", missing),
+        *_problem("unexpected", unexpected),
+        *_problem("of another shape", misshapen),
+    ]
+    if problems:
+        raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}{_advice(missing, unexpected)}")
+    if head is not None and not torch.equal(head.to(device=device, dtype=dtype), found[EMBEDDING]):
+        raise CheckpointError(
+            f"{source} has an {HEAD} that differs from {EMBEDDING}, but the model ties them; "
+            "set model.architecture.tie_word_embeddings=false"
+        )
+    model.load_state_dict(found, strict=True, assign=True)
+    return model.to(device)
+
+
+def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of safetensors files, read one at a time.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or not safetensors.
+    """
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    yield name, tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {file} ({error}); fetch or write it again") from error
+
+
+def _problem(kind: str, names: Sequence[str]) -> list[str]:
+    if not names:
+        return []
+    shown = ", ".join(names[:3])
+    return [f"{len(names)} {kind} ({shown}{', ...' if len(names) > 3 else ''})"]
+
+
+def _advice(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    if any("sub_norm" in name or name.endswith("_proj_norm.weight") for name in [*missing, *unexpected]):
+        return "; the SubLN placements differ: run training=stage1_subln again, or pass the artifact that it wrote"
+    return "; check that model=... names the model that this checkpoint holds"
