@@ -1,0 +1,156 @@
+"""Rows of a fixed length T out of documents of any length, with borders that nothing crosses.
+
+A document longer than T is cut, never truncated: its full-length pieces become rows of their own, and only its tail
+shares a row with others, so long documents keep as much context as the row allows. A piece restarts positions at 0 and
+is a document of its own for attention; its last position still predicts the document's next token, so cutting loses no
+target. Every token but a document's first is a target exactly once. Tails are concatenated greedily and cut where a row
+ends, so a packed stream has no padding until it is flushed. Examples of a task must stay whole (`split=False`): one that
+does not fit the open row starts the next, and the gap is padding.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from wrinklefree.data.tokens import Tokens
+from wrinklefree.models.records import IGNORE, Batch
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive tokens of one document, with what each must predict (`IGNORE` where nothing)."""
+
+    tokens: Tokens
+    labels: Tokens
+    document: int = -1
+    """Index of the document in its set, where somebody keeps count."""
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def cut(self, at: int) -> tuple["Piece", "Piece"]:
+        """The first `at` tokens and the rest."""
+        head = Piece(self.tokens[:at], self.labels[:at], self.document)
+        return head, Piece(self.tokens[at:], self.labels[at:], self.document)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pieces that share a row, in order; the rest of the row is padding."""
+
+    pieces: tuple[Piece, ...]
+
+    def __len__(self) -> int:
+        return sum(len(piece) for piece in self.pieces)
+
+
+def next_token_piece(document: Tokens) -> Piece:
+    """A document in which every token predicts the next; its last token predicts nothing."""
+    labels = np.full_like(document, IGNORE)
+    labels[:-1] = document[1:]
+    return Piece(document, labels)
+
+
+def cut_to_length(piece: Piece, length: int) -> list[Piece]:
+    """Pieces of at most `length` tokens; all but the last are full."""
+    pieces: list[Piece] = []
+    while len(piece) > length:
+        head, piece = piece.cut(length)
+        pieces.append(head)
+    return [*pieces, piece]
+
+
+@dataclass
+class Packer:
+    """Fills rows of `length` tokens; holds at most one open row, which is its whole state."""
+
+    length: int
+    enabled: bool = True
+    """False: every piece gets a row to itself."""
+    split: bool = True
+    """Whether a piece may be cut where the row ends."""
+    _open: list[Piece] = field(default_factory=list)
+    _filled: int = 0
+
+    def add(self, piece: Piece) -> list[Row]:
+        """Rows that became complete by this piece.
+
+        Raises:
+            ValueError: a piece longer than a row although pieces may not be cut.
+        """
+        rows: list[Row] = []
+        if not self.split and len(piece) > self.length:
+            raise ValueError(f"a piece of {len(piece)} tokens does not fit a row of {self.length}")
+        for part in cut_to_length(piece, self.length):
+            rows.extend(self._place(part))
+        return rows
+
+    def flush(self) -> list[Row]:
+        """The open row, if there is one, short as it is."""
+        if not self._open:
+            return []
+        row = Row(tuple(self._open))
+        self._open, self._filled = [], 0
+        return [row]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The open row."""
+        return {"pieces": [[piece.tokens.tolist(), piece.labels.tolist(), piece.document] for piece in self._open]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue with the open row of `state_dict`."""
+        self._open = [
+            Piece(np.asarray(tokens, dtype=np.int32), np.asarray(labels, dtype=np.int32), document)
+            for tokens, labels, document in state["pieces"]
+        ]
+        self._filled = sum(len(piece) for piece in self._open)
+
+    def _place(self, piece: Piece) -> list[Row]:
+        if not len(piece):
+            return []
+        if not self.enabled or len(piece) == self.length:
+            return [Row((piece,))]
+        space = self.length - self._filled
+        rows: list[Row] = []
+        if len(piece) > space:
+            if self.split:
+                head, piece = piece.cut(space)
+                self._append(head)
+            rows.extend(self.flush())
+        self._append(piece)
+        if self._filled == self.length:
+            rows.extend(self.flush())
+        return rows
+
+    def _append(self, piece: Piece) -> None:
+        self._open.append(piece)
+        self._filled += len(piece)
+
+
+def pack(pieces: Iterable[Piece], length: int, *, enabled: bool = True, split: bool = True) -> list[Row]:
+    """All rows of a finite list of pieces."""
+    packer = Packer(length, enabled=enabled, split=split)
+    rows = [row for piece in pieces for row in packer.add(piece)]
+    return rows + packer.flush()
+
+
+def collate(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:
+    """Rows as int64 tensors [B, T]; padding has document 0, position 0 and no target."""
+    shape = (len(rows), length)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    document_ids = np.zeros(shape, dtype=np.int64)
+    for index, row in enumerate(rows):
+        start = 0
+        for number, piece in enumerate(row.pieces, start=1):
+            span = slice(start, start + len(piece))
+            input_ids[index, span] = piece.tokens
+            labels[index, span] = piece.labels
+            position_ids[index, span] = np.arange(len(piece))
+            document_ids[index, span] = number
+            start += len(piece)
+    return Batch(*(torch.from_numpy(array) for array in (input_ids, labels, position_ids, document_ids)))

@@ -1,0 +1,190 @@
+"""Text sources as readers: they hand out training documents in a seeded order and can say where they are.
+
+A reader never crosses the end of an epoch within one `read`; the next call begins the next epoch. Its state is small
+(an index, or the position of a stream), because whoever shuffles does so within what one `read` returned and can read
+it again.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from wrinklefree.data.config import FactsSource, HubSource, LocalSource, PackagedSource, TextSource
+from wrinklefree.data.corpora import corpus_fingerprint, load_corpus
+from wrinklefree.data.facts import biographies, facts_fingerprint
+from wrinklefree.data.hub import ResumableStream, hub_revision, open_hub_stream, text_of
+from wrinklefree.data.local_files import load_local, local_fingerprint
+from wrinklefree.data.splits import split_by_hash
+from wrinklefree.utils.errors import DataError, NetworkError
+
+
+class DocumentReader(Protocol):
+    """Training documents of one source, epoch after epoch."""
+
+    @property
+    def epoch(self) -> int:
+        """Passes over the source that were begun before the next document."""
+        ...
+
+    def read(self, count: int) -> list[str]:
+        """The next documents, at most `count`, fewer at the end of an epoch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the next `read` begins; JSON."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at `state_dict`."""
+        ...
+
+
+@dataclass
+class FiniteReader:
+    """Documents that fit in memory, shuffled whole in every epoch: the order depends on (seed, epoch) only."""
+
+    documents_of: Callable[[int], Sequence[str]]
+    """Epoch -> its documents; constant but for generated text."""
+    seed: int
+    epoch: int = 0
+    _index: int = 0
+    _order: tuple[int, list[str]] | None = None
+
+    def read(self, count: int) -> list[str]:
+        """See `DocumentReader`."""
+        documents = self._shuffled()
+        taken = documents[self._index : self._index + count]
+        self._index += len(taken)
+        if self._index >= len(documents):
+            self.epoch, self._index = self.epoch + 1, 0
+        return taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DocumentReader`."""
+        return {"epoch": self.epoch, "index": self._index}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DocumentReader`."""
+        self.epoch, self._index = state["epoch"], state["index"]
+
+    def _shuffled(self) -> list[str]:
+        if self._order is None or self._order[0] != self.epoch:
+            documents = list(self.documents_of(self.epoch))
+            order: list[int] = np.random.default_rng([self.seed, self.epoch]).permutation(len(documents)).tolist()
+            self._order = (self.epoch, [documents[index] for index in order])
+        return self._order[1]
+
+
+@dataclass
+class StreamReader:
+    """Documents of a stream, in its own order; those that are held out are passed over."""
+
+    open_stream: Callable[[], ResumableStream]
+    text_column: str
+    held_out_percent: float
+    where: str
+    """What messages call the stream."""
+    epoch: int = 0
+    _stream: ResumableStream | None = None
+    _rows: Iterator[Mapping[str, Any]] | None = None
+    _position: dict[str, Any] | None = field(default=None)
+
+    def read(self, count: int) -> list[str]:
+        """See `DocumentReader`."""
+        texts: list[str] = []
+        rows = self._open_rows()
+        try:
+            while len(texts) < count:
+                row = next(rows, None)
+                if row is None:
+                    self.epoch, self._rows, self._stream, self._position = self.epoch + 1, None, None, None
+                    break
+                text = text_of(row, self.text_column, self.where)
+                if text.strip() and _is_training(text, self.held_out_percent):
+                    texts.append(text)
+        except OSError as error:
+            raise NetworkError(
+                f"{self.where} broke off ({str(error)[:150]}); run the same command again to go on from the last checkpoint"
+            ) from error
+        return texts
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `DocumentReader`."""
+        position = self._stream.state_dict() if self._stream is not None and self._rows is not None else self._position
+        return {"epoch": self.epoch, "position": position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `DocumentReader`."""
+        self.epoch, self._position = state["epoch"], state["position"]
+        self._rows = None
+
+    def _open_rows(self) -> Iterator[Mapping[str, Any]]:
+        if self._rows is None:
+            # A fresh stream each time: a state loaded into one that was already read is not always honoured.
+            self._stream = self.open_stream()
+            if self._position is not None:
+                self._stream.load_state_dict(self._position)
+            self._rows = iter(self._stream)
+        return self._rows
+
+
+def load_documents(source: PackagedSource | LocalSource) -> Sequence[str]:
+    """All documents of a source that lies on this machine, in a fixed order, blank ones left out.
+
+    Raises:
+        DataError: files that are missing, damaged or empty.
+        NetworkError: a package that is neither cached nor reachable.
+    """
+    if isinstance(source, LocalSource):
+        return load_local(source)
+    return [text for text in load_corpus(source.name) if text.strip()]
+
+
+def training_part(documents: Sequence[str], held_out_percent: float, where: str) -> list[str]:
+    """Documents that belong to neither validation nor test.
+
+    Raises:
+        DataError: none is left.
+    """
+    kept = [text for text in documents if _is_training(text, held_out_percent)]
+    if not kept:
+        raise DataError(
+            f"{where}: all {len(documents)} documents are held out by held_out_percent={held_out_percent:g}; add text or "
+            "lower it"
+        )
+    return kept
+
+
+def open_reader(source: TextSource, *, seed: int, held_out_percent: float) -> DocumentReader:
+    """A reader of a source's training documents."""
+    if isinstance(source, HubSource):
+        return StreamReader(lambda: open_hub_stream(source), source.text_column, held_out_percent, source_name(source))
+    if isinstance(source, FactsSource):
+        return FiniteReader(lambda epoch: biographies(seed, epoch), seed)
+    documents = training_part(load_documents(source), held_out_percent, source_name(source))
+    return FiniteReader(lambda _: documents, seed)
+
+
+def source_name(source: TextSource) -> str:
+    """What messages call a source."""
+    if isinstance(source, HubSource):
+        return f"hub dataset {source.path}"
+    if isinstance(source, LocalSource):
+        return f"data source path={source.path}"
+    return "generated facts" if isinstance(source, FactsSource) else f"packaged corpus {source.name}"
+
+
+def source_fingerprint(source: TextSource) -> str:
+    """Identity of a source's contents."""
+    if isinstance(source, HubSource):
+        return f"{source.path}/{source.name}/{source.split}/{source.text_column}@{hub_revision(source.path, source.revision)}"
+    if isinstance(source, LocalSource):
+        return local_fingerprint(source)
+    return facts_fingerprint() if isinstance(source, FactsSource) else corpus_fingerprint(source.name)
+
+
+def _is_training(text: str, held_out_percent: float) -> bool:
+    share = held_out_percent / 100
+    return split_by_hash(text, validation=share, test=share) == "train"
