@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
@@ -30,7 +29,7 @@ class _IntegerMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -45,7 +44,7 @@ class _IntegerMatmul(torch.autograd.Function):
         if bias is not None:
             output.add_(bias)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)  # pyright: ignore[reportAttributeAccessIssue]
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         return output
 
     @staticmethod
