@@ -35,7 +35,7 @@ _SECRETS = tuple(
             rf"(?<![\w-])({_SECRET_NAME}[\"']?\s*[=:]\s*)(?:\"[^\"]*\"|'[^']*'|(?:Bearer\s+|Basic\s+)?[^\s,;&\"']+)",
             re.IGNORECASE,
         ),
-        (r"(://)[^/\s]+(?=@)", 0),
+        (r"(:/{1,2})[^/\s]+(?=@)", 0),  # one slash is what a Path makes of a URL
         (r"([?&](?:\w*token|\w*key|sig|signature|\w*secret)=)[^&\s]+", re.IGNORECASE),
         (r"\b(Bearer\s+)[\w.~+/-]{8,}=*", re.IGNORECASE),
         (r"\b(token[\"']?\s*[=:]\s*[\"']?)[\w.-]{16,}", re.IGNORECASE),

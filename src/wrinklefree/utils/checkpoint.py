@@ -141,12 +141,12 @@ class CheckpointStore:
         """
         require_string_keys(state, "state")
         encoded = json.dumps(state).encode()
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        check_space(self.folder, size + len(encoded))
+        size = len(encoded) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        check_space(self.folder, size)
         final = self._free_name(step)
         temporary = temporary_folder(final)
         try:
-            with explained(final):
+            with explained(final, needed=size):
                 digests = {_TENSORS: write_tensors(temporary / _TENSORS, tensors)}
                 write_durably(temporary / _STATE, encoded)
             digests[_STATE] = hashlib.sha256(encoded).hexdigest()

@@ -68,7 +68,7 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{folder / name} is missing ({expected['size']} bytes were saved)")
         size = present[name].stat().st_size
         if size != expected["size"]:
-            raise CheckpointError(f"{folder / name} has {size} bytes, {expected['size']} were saved: it is truncated")
+            raise CheckpointError(f"{folder / name} has {size} bytes, {expected['size']} were saved")
     for name, expected in sorted(recorded.items()):
         digest = _sha256(present[name])
         if digest != expected["sha256"]:
