@@ -115,6 +115,7 @@ def run_stage(plan: StagePlan) -> StageResult:
         plan.fingerprint,
         skip_completed=config.resume.skip_completed,
         fresh=config.skip_recovery,
+        keep_last_n=config.training.checkpoint.keep_last_n if isinstance(config.training, StageConfig) else 2,
         audit=audit,
     )
     with run_:

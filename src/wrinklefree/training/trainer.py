@@ -28,15 +28,9 @@ from wrinklefree.training.config import ScheduleConfig, WarmupConfig
 from wrinklefree.training.device import Compute
 from wrinklefree.training.optimizers import set_learning_rate, set_weight_decay
 from wrinklefree.training.schedules import learning_rate, weight_decay
-from wrinklefree.utils.checkpoint import (
-    Checkpoint,
-    CheckpointStore,
-    pack_optimizer_state,
-    restore_rng_state,
-    rng_state,
-    unpack_optimizer_state,
-)
+from wrinklefree.utils.checkpoint import Checkpoint, CheckpointStore
 from wrinklefree.utils.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from wrinklefree.utils.training_state import pack_optimizer_state, restore_rng_state, rng_state, unpack_optimizer_state
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,150 @@
+"""Scores against closed forms, and the rule that every score is at lambda = 1 and full SubLN."""
+
+import math
+
+import pytest
+import torch
+
+from wrinklefree.data.pretrain_dataset import HeldOut
+from wrinklefree.models.bitlinear import quantization_of, set_quantization
+from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.llama import CausalLM
+from wrinklefree.models.records import IGNORE, Batch
+from wrinklefree.models.subln import set_subln_strength, subln_strength_of
+from wrinklefree.training.device import Compute
+from wrinklefree.training.evaluation import (
+    choice_scores,
+    fully_quantized,
+    gap_closure,
+    macro_f1,
+    ratio_interval,
+    score_language,
+)
+from wrinklefree.utils.errors import DataError
+
+CPU = Compute(torch.device("cpu"), torch.float32)
+ARCHITECTURE = Architecture(
+    family="llama",
+    vocab_size=16,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    max_position_embeddings=32,
+)
+
+
+def model(bitnet: BitNetSpec | None = None) -> CausalLM:
+    torch.manual_seed(0)
+    return CausalLM(ARCHITECTURE, bitnet)
+
+
+def held_out() -> HeldOut:
+    ids = torch.arange(12).reshape(2, 6) % 16
+    labels = torch.tensor([[1, 2, 3, IGNORE, 5, 6], [7, 8, IGNORE, IGNORE, IGNORE, IGNORE]])
+    documents = torch.tensor([[0, 0, 0, -1, 1, 1], [2, 2, -1, -1, -1, -1]])
+    shape = (2, 6)
+    document_ids = torch.tensor([[1, 1, 1, 1, 2, 2], [1, 1, 0, 0, 0, 0]])
+    batch = Batch(ids, labels, torch.arange(6).expand(shape), document_ids)
+    return HeldOut([batch], [documents], [10, 5, 4], "test")
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token() -> None:
+    uniform = model()
+    with torch.no_grad():
+        for parameter in uniform.parameters():
+            parameter.zero_()
+    score = score_language(uniform, held_out(), CPU)
+    assert score.tokens == 7
+    assert score.document_bits == pytest.approx((3 * 4, 2 * 4, 2 * 4))
+    assert score.bits_per_byte == pytest.approx(28 / 19)
+    assert score.perplexity == pytest.approx(16)
+
+
+def test_bits_per_byte_equals_dense_cross_entropy() -> None:
+    trained = model()
+    rows = held_out()
+    with torch.no_grad():
+        logits = trained(rows.batches[0]).logits()
+    nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows.batches[0].labels.flatten(), reduction="sum")
+    score = score_language(trained, rows, CPU)
+    assert score.bits_per_byte == pytest.approx(float(nats) / math.log(2) / 19, rel=1e-5)
+    assert score.interval.low <= score.bits_per_byte <= score.interval.high
+
+
+def test_an_empty_held_out_set_is_an_error() -> None:
+    with pytest.raises(DataError, match="held-out set is empty"):
+        score_language(model(), HeldOut([], [], [], "none"), CPU)
+
+
+def test_evaluation_is_fully_quantized_and_restores_what_it_found() -> None:
+    ternary = model(BitNetSpec(placement="output", gain="ones"))
+    ternary.train()
+    set_quantization(ternary, 0.25)
+    set_subln_strength(ternary, 0.5)
+    with fully_quantized(ternary):
+        assert quantization_of(ternary) == subln_strength_of(ternary) == 1.0
+        assert not ternary.training
+        assert not torch.is_grad_enabled()
+    assert (quantization_of(ternary), subln_strength_of(ternary)) == (0.25, 0.5)
+    assert ternary.training
+    at_quarter = score_language(ternary, held_out(), CPU)
+    set_quantization(ternary, 1.0)
+    set_subln_strength(ternary, 1.0)
+    assert score_language(ternary, held_out(), CPU).document_bits == at_quarter.document_bits
+
+
+def test_choices_are_scored_by_the_log_probability_of_their_tokens() -> None:
+    trained = model()
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    choices = [[[1], [2]], [[3, 4], [5]], [[7], [8]]]
+    scores = choice_scores(trained, prompts, choices, pad_token_id=0, compute=CPU, rows_per_batch=2)
+    for prompt, options, row in zip(prompts, choices, scores, strict=True):
+        for option, score in zip(options, row, strict=True):
+            ids = torch.tensor([[*prompt, *option]])
+            ones = torch.ones_like(ids)
+            with torch.no_grad():
+                logits = trained(Batch(ids, ids, torch.arange(ids.shape[1])[None], ones)).logits()[0]
+            log_probabilities = logits.log_softmax(-1)
+            expected = sum(
+                float(log_probabilities[len(prompt) - 1 + place, token]) for place, token in enumerate(option)
+            )
+            assert score == pytest.approx(expected, abs=1e-4)
+
+
+def test_macro_f1() -> None:
+    # Class 0: precision 1/2, recall 1; class 1: precision 1, recall 1/2: both F1 2/3. Class 2 perfect.
+    assert macro_f1([0, 1, 1, 2], [0, 0, 1, 2]) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+
+
+def test_bootstrap_interval_of_a_constant_ratio_is_that_ratio() -> None:
+    interval = ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    assert interval.low == interval.high == pytest.approx(2.0)
+
+
+def test_bootstrap_interval_covers_about_two_standard_errors() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(400, generator=generator).tolist()
+    interval = ratio_interval(values, [1.0] * 400)
+    assert interval.high - interval.low == pytest.approx(4 / 400**0.5, rel=0.15)
+
+
+def test_gap_closure_is_the_share_of_the_gap() -> None:
+    weights = [1.0, 2.0, 1.0, 2.0]
+    control = [1.0, 2.0, 1.0, 2.0]
+    baseline = [2.0, 4.0, 2.0, 4.0]
+    student = [1.25, 2.5, 1.25, 2.5]
+    assert gap_closure(baseline, student, control, weights, smallest_gap=0.03).value == pytest.approx(0.75)
+
+
+def test_gap_closure_is_undefined_where_there_is_no_gap() -> None:
+    ones = [1.0] * 100
+    small = gap_closure([1.01] * 100, ones, ones, ones, smallest_gap=0.03)
+    assert small.value is None
+    assert "below 0.03" in small.reason
+    noise = [1.1 + (3 if i % 2 else -3) for i in range(100)]
+    noisy = gap_closure(noise, ones, ones, ones, smallest_gap=0.03)
+    assert noisy.value is None
+    assert "3 standard errors" in noisy.reason
