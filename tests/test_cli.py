@@ -64,15 +64,15 @@ def test_the_console_script_takes_the_same_command(runs: Runs) -> None:
         ),
         (["training.lr=fast"], "training.lr: expected a number, given 'fast'"),
         (
-            ["training=stage2_pretrian"],
+            ["training=stage2_pretraim"],
             "training: expected one of bitdistill, bitnet_sft, fp_pretrain, fp_sft, stage1_9_layerwise, stage1_subln, "
-            "stage2_pretrain, stage3_distill, stage3_distill_smollm2, given 'stage2_pretrian'; "
+            "stage2_pretrain, stage3_distill, stage3_distill_smollm2, given 'stage2_pretraim'; "
             "did you mean stage2_pretrain?",
         ),
         (["--model=tiny"], "unknown flag --model: settings are written key=value, for example model=tiny; see --help"),
         (
-            ["--cfg", "job", "modle=x"],
-            "modle: unknown key, given 'x'; the configuration has no modle; did you mean model?",
+            ["--cfg", "job", "modell=x"],
+            "modell: unknown key, given 'x'; the configuration has no modell; did you mean model?",
         ),
         (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg or --help"),
     ],
@@ -234,10 +234,10 @@ def test_help_is_quick_and_loads_nothing_heavy(flag: str) -> None:
     [
         ([], 0, "usage: wrinklefree COMMAND", ""),
         (
-            ["trian"],
+            ["trayn"],
             2,
             "",
-            "error: unknown command 'trian': expected train, convert, serve, benchmark; did you mean train?",
+            "error: unknown command 'trayn': expected train, convert, serve, benchmark; did you mean train?",
         ),
         (
             ["convert", "--input", "a", "--output", "b"],

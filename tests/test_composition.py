@@ -38,8 +38,8 @@ def test_overrides_become_what_hydra_always_takes() -> None:
     ("override", "line"),
     [
         (
-            "modle=tiny",
-            "modle: unknown key, given 'tiny'; the configuration has no modle; did you mean model?",
+            "modell=tiny",
+            "modell: unknown key, given 'tiny'; the configuration has no modell; did you mean model?",
         ),
         (
             "training.optimizer.type=muon",
@@ -63,8 +63,8 @@ def test_overrides_become_what_hydra_always_takes() -> None:
             "stage=stage1_9, stage=stage2, stage=stage3, stage=fp_pretrain, stage=fp_sft or stage=bitnet_sft has",
         ),
         (
-            "distillation=sumarization",
-            "distillation: expected one of classification, summarization, given 'sumarization'; "
+            "distillation=summarizatoin",
+            "distillation: expected one of classification, summarization, given 'summarizatoin'; "
             "did you mean summarization?",
         ),
         ("qwen3_4b", "'qwen3_4b' is not an override: write key=value, for example training.batch_size=4"),

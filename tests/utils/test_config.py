@@ -66,8 +66,8 @@ def test_a_good_tree_becomes_frozen_objects() -> None:
     ("tree", "line"),
     [
         (
-            {"part": {**WALL, "heigth": 3}},
-            "part.heigth: unknown key, given 3; part (kind=wall) has no heigth; did you mean part.height?",
+            {"part": {**WALL, "heeight": 3}},
+            "part.heeight: unknown key, given 3; part (kind=wall) has no heeight; did you mean part.height?",
         ),
         (
             {"part": WALL, "window": 3},
@@ -90,8 +90,8 @@ def test_a_good_tree_becomes_frozen_objects() -> None:
             "part.xyzzy: unknown key, given 1; part (kind=wall) has no xyzzy; known there: height, kind, paint",
         ),
         (
-            {"part": WALL, "rooms": [DOOR, {**WALL, "hight": 1}]},
-            "rooms.1.hight: unknown key, given 1; rooms.1 (kind=wall) has no hight; did you mean rooms.1.height?",
+            {"part": WALL, "rooms": [DOOR, {**WALL, "heeight": 1}]},
+            "rooms.1.heeight: unknown key, given 1; rooms.1 (kind=wall) has no heeight; did you mean rooms.1.height?",
         ),
         ({"part": {**WALL, "height": "tall"}}, "part.height: expected a number, given 'tall'"),
         ({"part": {**WALL, "height": "2.5"}}, "part.height: expected a number, given '2.5'"),
