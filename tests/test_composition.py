@@ -38,8 +38,8 @@ def test_overrides_become_what_hydra_always_takes() -> None:
     ("override", "line"),
     [
         (
-            "modell=tiny",
-            "modell: unknown key, given 'tiny'; the configuration has no modell; did you mean model?",
+            "moddel=tiny",
+            "moddel: unknown key, given 'tiny'; the configuration has no moddel; did you mean model?",
         ),
         (
             "training.optimizer.type=muon",
