@@ -71,8 +71,8 @@ def test_the_console_script_takes_the_same_command(runs: Runs) -> None:
         ),
         (["--model=tiny"], "unknown flag --model: settings are written key=value, for example model=tiny; see --help"),
         (
-            ["--cfg", "job", "moddel=x"],
-            "moddel: unknown key, given 'x'; the configuration has no moddel; did you mean model?",
+            ["--cfg", "job", "modael=x"],
+            "modael: unknown key, given 'x'; the configuration has no modael; did you mean model?",
         ),
         (["--resolve"], "The --resolve flag can only be used in conjunction with --cfg or --help"),
     ],

@@ -38,8 +38,8 @@ def test_overrides_become_what_hydra_always_takes() -> None:
     ("override", "line"),
     [
         (
-            "moddel=tiny",
-            "moddel: unknown key, given 'tiny'; the configuration has no moddel; did you mean model?",
+            "modael=tiny",
+            "modael: unknown key, given 'tiny'; the configuration has no modael; did you mean model?",
         ),
         (
             "training.optimizer.type=muon",
