@@ -87,7 +87,7 @@ def fingerprint(
         inputs: Role -> fingerprint of what the run eats.
         repository: Root of the checkout that the code runs from; None when it runs from an installed package.
     """
-    config_hash = _hash({name: _math_only(tree[name], name) for name in sections if name in tree})
+    config_hash = _hash(_math_only({name: tree[name] for name in sections if name in tree}, ""))
     code = _code_of_checkout(repository) if repository is not None else _code_of_package()
     identity = {"config": config_hash, "inputs": dict(inputs), "commit": code.commit, "changes": code.changes}
     return Fingerprint(
@@ -113,8 +113,8 @@ def _math_only(node: Any, parent: str) -> Any:
             if key in INFRASTRUCTURE_KEYS or (parent, key) in INFRASTRUCTURE_PAIRS:
                 continue
             cleaned = _math_only(value, key)
-            # A section of which only infrastructure was given is the same as one that was not given.
-            if not (cleaned == {} and value):
+            # A section that sets nothing (but infrastructure) is the same as one that is not there.
+            if cleaned != {}:
                 kept[key] = cleaned
         return kept
     if isinstance(node, list | tuple):
