@@ -156,3 +156,13 @@ def test_cache_hands_back_what_it_was_given() -> None:
     assert torch.equal(values, value)
     assert cache.extend_documents(torch.tensor([[0, 1, 1]])).tolist() == [[0, 1, 1]]
     assert cache.extend_documents(torch.tensor([[1, 1]])).tolist() == [[0, 1, 1, 1, 1]]
+
+
+@pytest.mark.parametrize("length", [attention.MAX_KEYS_FOR_FLOAT32, attention.MAX_KEYS_FOR_FLOAT32 + 1])
+def test_bfloat16_states_give_bfloat16_close_to_float32(length: int) -> None:
+    query, key, value = (states(1, heads, length, 8, seed=heads) for heads in (4, 2, 1))
+    key, value = key[:, :1], value
+    exact = attend(query, key, value, AttentionPlan(is_causal=True))
+    rounded = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), AttentionPlan(is_causal=True))
+    assert rounded.dtype == torch.bfloat16
+    assert ((rounded - exact).norm() / exact.norm()).item() < 0.01

@@ -28,7 +28,7 @@ def make_model(bitnet: BitNetSpec | None = None, seed: int = 0, **changes: Any) 
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
         "tie_word_embeddings": True,
     }
     torch.manual_seed(seed)
@@ -153,7 +153,7 @@ def test_checkpointing_changes_no_gradient(bitnet: BitNetSpec | None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("length", [16, 200], ids=["mask", "loop"])
+@pytest.mark.parametrize("length", [16, 520], ids=["mask", "loop"])
 def test_packed_documents_equal_each_document_alone_when_ternary(length: int) -> None:
     model = make_model(TERNARY)
     documents = torch.ones(1, length, dtype=torch.long)

@@ -20,7 +20,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 12,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 1024,
 }
 ARCHITECTURES = {
     "llama": Architecture(family="llama", **SMALL, rms_norm_eps=1e-6),
@@ -114,7 +114,7 @@ def test_padded_rows(models: tuple[CausalLM, nn.Module], side: str) -> None:
     torch.testing.assert_close(mine[attention], expected[attention], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("length", [40, 260], ids=["mask", "loop"])
+@pytest.mark.parametrize("length", [40, 520], ids=["mask", "loop"])
 @torch.no_grad()
 def test_packed_documents_equal_each_document_alone(models: tuple[CausalLM, nn.Module], length: int) -> None:
     ours, theirs = models

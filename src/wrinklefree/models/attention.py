@@ -19,8 +19,12 @@ from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.records import QKV
 from wrinklefree.models.subln import RMSNorm, subln_or_identity
 
-MIN_LENGTH_FOR_LOOP = 192
+MIN_LENGTH_FOR_LOOP = 512
 """Shorter rows: one masked kernel costs less than a kernel a document."""
+
+MAX_KEYS_FOR_FLOAT32 = 256
+"""The CPU's bfloat16 kernel takes up to four times as long as the float32 one on rows up to this length, forward and
+backward; longer rows gain from bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -89,26 +93,31 @@ def plan_attention(document_ids: Tensor, queries: int) -> AttentionPlan:
     return AttentionPlan(mask=document_mask(document_ids, queries))
 
 
+def _scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16 and key.shape[2] <= MAX_KEYS_FOR_FLOAT32:
+        query, key, value = query.float(), key.float(), value.float()
+    grouped = query.shape[1] != key.shape[1]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+    ).to(dtype)
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     """Softmax attention: query [B, n, T, d], key and value [B, n_kv, S, d], result [B, n, T, d]."""
-    grouped = query.shape[1] != key.shape[1]
     if plan.rows is None:
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=plan.mask, is_causal=plan.is_causal, enable_gqa=grouped
-        )
-    rows = []
+        return _scaled_dot_product(query, key, value, plan.mask, plan.is_causal)
+    rows: list[Tensor] = []
     for row, runs in enumerate(plan.rows):
-        parts = []
+        parts: list[Tensor] = []
         for run in runs:
             here = (slice(row, row + 1), slice(None), slice(run.start, run.end))
             if run.is_padding:  # attends to itself only: its own value
                 parts.append(value[here].repeat_interleave(query.shape[1] // key.shape[1], dim=1))
-                continue
-            parts.append(
-                functional.scaled_dot_product_attention(
-                    query[here], key[here], value[here], is_causal=True, enable_gqa=grouped
-                )
-            )
+            else:
+                parts.append(_scaled_dot_product(query[here], key[here], value[here], is_causal=True))
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows)
 
