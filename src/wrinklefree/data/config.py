@@ -18,7 +18,7 @@ class HubSource(Config):
     text_column: str = "text"
     revision: str | None = None
     weight: float = Field(default=1.0, gt=0)
-    """Share of the documents drawn from this source, relative to the other sources' weights."""
+    """Share of the tokens drawn from this source, relative to the other sources' weights."""
 
 
 class PackagedSource(Config):
@@ -56,7 +56,7 @@ class PretrainData(Config):
     name: str
     sources: tuple[TextSource, ...] = Field(min_length=1)
     shuffle_buffer: int = Field(default=10_000, ge=1)
-    """Documents held for shuffling when a source is streamed; local and packaged sources are shuffled whole."""
+    """Documents shuffled together when a source is streamed from the hub; others are shuffled whole."""
     held_out_percent: float = Field(default=2.0, ge=0, lt=50)
     """Documents kept out of training for validation, and as many again for the test, chosen by hash of the text."""
 
@@ -67,7 +67,8 @@ class FinetuneData(Config):
     kind: Literal["finetune"] = "finetune"
     name: str
     task: str
-    """A name in `wrinklefree.data.tasks`: recall, movie_reviews, news_topic, boolq, xsum, sst2, mnli, qnli, ..."""
+    """A name in `wrinklefree.data.tasks`. Generated: recall, in_context_lookup. Packaged: movie_reviews, news_topic,
+    boolq, xsum. From the hub: sst2, cola, mnli, qnli, rte, wnli, mrpc, qqp, cnn_dailymail."""
     max_examples: int | None = Field(default=None, ge=1)
     """Use only the first so many training examples (after a fixed shuffle)."""
     replay: PretrainData | None = None

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -113,12 +112,6 @@ def corpus_fingerprint(name: str) -> str:
     if name == "python_docs":
         return "python " + ".".join(str(part) for part in sys.version_info[:3])
     return assets.identity(_ASSET_OF.get(name, name))
-
-
-def corpus_path(name: str) -> Path | None:
-    """Where the corpus lies in the cache; None for the one that comes with Python."""
-    _check(name)
-    return None if name == "python_docs" else assets.fetch(_ASSET_OF.get(name, name))
 
 
 def _check(name: str) -> None:

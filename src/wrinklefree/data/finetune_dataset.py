@@ -27,7 +27,8 @@ class FinetuneStream:
     """Packed examples of a task, epoch after epoch, with rows of text mixed in."""
 
     def __init__(
-        self, examples: Sequence[Piece], *, replay: TextStream | None, replay_share: float, batch_size: int, length: int,
+        self, examples: Sequence[Piece], *, replay: TextStream | None, replay_share: float, batch_size: int,
+        length: int,
         packing: bool, pad_token_id: int, seed: int, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         self._examples = list(examples)
@@ -107,8 +108,8 @@ class FinetuneStream:
 
 
 def finetune_stream(
-    config: FinetuneData, tokenizer: Tokenizer, *, batch_size: int, max_seq_length: int, packing: PackingConfig, seed: int,
-    rank: int = 0, world_size: int = 1,
+    config: FinetuneData, tokenizer: Tokenizer, *, batch_size: int, max_seq_length: int, packing: PackingConfig,
+    seed: int, rank: int = 0, world_size: int = 1,
 ) -> FinetuneStream:  # fmt: skip
     """An endless stream over a task's training examples.
 
@@ -157,7 +158,7 @@ def task_examples(config: FinetuneData, split: Split) -> list[Example]:
 
 
 def encode_examples(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_seq_length: int) -> list[Piece]:
-    """Start token, prompt and response of each example; only the response is a target, and an end token after free text."""
+    """Start token, prompt and response of each example. The response is the target; free text ends with an end token."""
     parts = [text for e in examples for text in (e.before, e.passage, e.after, e.response)]
     encoded = tokenizer.encode_batch(parts)
     longest = {
@@ -204,8 +205,8 @@ def _response(task: Task, ids: list[int], tokenizer: Tokenizer, max_seq_length: 
     if task.kind == "classification":
         if len(ids) + 2 > max_seq_length:
             raise ConfigError(
-                f"a label word of task {task.name} has {len(ids)} tokens and training.max_seq_length is {max_seq_length}; "
-                "raise it"
+                f"a label word of task {task.name} has {len(ids)} tokens and training.max_seq_length "
+                f"is {max_seq_length}; raise it"
             )
         return ids
     return [*ids[: max_seq_length // 2 - 1], tokenizer.eos_token_id]

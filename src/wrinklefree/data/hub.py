@@ -87,7 +87,8 @@ def text_of(row: Mapping[str, Any], column: str, where: str) -> str:
     """
     if column not in row:
         raise DataError(
-            f"{where} has no column {column!r}; its columns are {', '.join(row)}: set the source's text_column to one of them"
+            f"{where} has no column {column!r}; its columns are {', '.join(row)}: set the source's "
+            "text_column to one of them"
         )
     value = row[column]
     if not isinstance(value, str):
@@ -115,8 +116,8 @@ def _load(path: str, name: str | None, split: str, revision: str | None, *, stre
 def _require_hub(path: str, alternatives: str) -> None:
     if not _is_offline() and not hub_is_reachable():
         raise NetworkError(
-            f"the hub, which holds {path}, cannot be reached; {alternatives}, or set HF_HUB_OFFLINE=1 if it is in the hub's "
-            "cache here"
+            f"the hub, which holds {path}, cannot be reached; {alternatives}, or set HF_HUB_OFFLINE=1 if it is in the "
+            "hub's cache here"
         )
 
 

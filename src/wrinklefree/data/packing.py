@@ -4,8 +4,8 @@ A document longer than T is cut, never truncated: its full-length pieces become 
 shares a row with others, so long documents keep as much context as the row allows. A piece restarts positions at 0 and
 is a document of its own for attention; its last position still predicts the document's next token, so cutting loses no
 target. Every token but a document's first is a target exactly once. Tails are concatenated greedily and cut where a row
-ends, so a packed stream has no padding until it is flushed. Examples of a task must stay whole (`split=False`): one that
-does not fit the open row starts the next, and the gap is padding.
+ends, so a packed stream has no padding until it is flushed. Examples of a task must stay whole (`split=False`): one
+that does not fit the open row starts the next, and the gap is padding.
 """
 
 from collections.abc import Iterable, Sequence

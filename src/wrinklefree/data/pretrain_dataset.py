@@ -1,7 +1,7 @@
 """Text to pretrain on, and the text kept out of it: streams for training, fixed rows for bits per byte.
 
-Bits per byte compares models with different tokenizers, so bytes and predictions must cover the same text: each held-out
-document is cut to whole characters first, every one of its tokens is a target (a start token stands before the first),
+Bits per byte compares models with different tokenizers, so bytes and predictions must cover the same text: each
+held-out document is cut to whole characters first, every one of its tokens is a target (a start token stands before the first),
 and all bytes of the cut count. A document longer than a row is scored in windows that each begin with the start token.
 """
 
@@ -48,7 +48,7 @@ class HeldOut:
 
     batches: list[Batch]
     document_index: list[Tensor]
-    """For each batch, int64 [B, T]: index of the document whose token is predicted there, -1 where there is no target."""
+    """For each batch, int64 [B, T]: index of the document whose token is predicted there; -1 without a target."""
     document_bytes: list[int]
     """UTF-8 bytes scored of each document."""
     fingerprint: str
@@ -56,8 +56,8 @@ class HeldOut:
 
 
 def pretrain_stream(
-    config: PretrainData, tokenizer: Tokenizer, *, batch_size: int, max_seq_length: int, packing: PackingConfig, seed: int,
-    rank: int = 0, world_size: int = 1,
+    config: PretrainData, tokenizer: Tokenizer, *, batch_size: int, max_seq_length: int, packing: PackingConfig,
+    seed: int, rank: int = 0, world_size: int = 1,
 ) -> TextStream:  # fmt: skip
     """An endless stream of packed text, in an order that depends on the seed only.
 

@@ -106,7 +106,7 @@ class StreamReader:
                     texts.append(text)
         except OSError as error:
             raise NetworkError(
-                f"{self.where} broke off ({str(error)[:150]}); run the same command again to go on from the last checkpoint"
+                f"{self.where} broke off ({str(error)[:150]}); run the command again to go on from the last checkpoint"
             ) from error
         return texts
 
@@ -151,8 +151,8 @@ def training_part(documents: Sequence[str], held_out_percent: float, where: str)
     kept = [text for text in documents if _is_training(text, held_out_percent)]
     if not kept:
         raise DataError(
-            f"{where}: all {len(documents)} documents are held out by held_out_percent={held_out_percent:g}; add text or "
-            "lower it"
+            f"{where}: all {len(documents)} documents are held out by held_out_percent={held_out_percent:g}; add text "
+            "or lower it"
         )
     return kept
 
@@ -179,7 +179,8 @@ def source_name(source: TextSource) -> str:
 def source_fingerprint(source: TextSource) -> str:
     """Identity of a source's contents."""
     if isinstance(source, HubSource):
-        return f"{source.path}/{source.name}/{source.split}/{source.text_column}@{hub_revision(source.path, source.revision)}"
+        commit = hub_revision(source.path, source.revision)
+        return f"{source.path}/{source.name}/{source.split}/{source.text_column}@{commit}"
     if isinstance(source, LocalSource):
         return local_fingerprint(source)
     return facts_fingerprint() if isinstance(source, FactsSource) else corpus_fingerprint(source.name)

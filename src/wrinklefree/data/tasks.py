@@ -19,7 +19,7 @@ from wrinklefree.utils.errors import ConfigError
 Metric = Literal["accuracy", "rouge_l"]
 
 HUB_VALIDATION_SHARE = 0.02
-"""Share of a hub task's training rows that validates: the test labels of GLUE are secret, so its validation set tests."""
+"""Share of a hub task's training rows that validates: GLUE keeps its test labels, so its validation set tests."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,192 @@
+"""Fine-tuning rows: responses are targets, prompts are not, examples are whole, and a resume changes nothing."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from wrinklefree.data import finetune_dataset, tasks
+from wrinklefree.data.config import FinetuneData, LocalSource, PackingConfig, PretrainData
+from wrinklefree.data.finetune_dataset import (
+    FinetuneStream,
+    encode_choices,
+    encode_examples,
+    encode_prompt,
+    finetune_stream,
+    task_examples,
+)
+from wrinklefree.data.tasks import Example, Task
+from wrinklefree.data.tokens import Tokenizer
+from wrinklefree.models.records import IGNORE
+from wrinklefree.utils.errors import ConfigError, DataError
+
+CHOICES = (" no", " yes")
+TASK = Task("here", "classification", "accuracy", ("no", "yes"), lambda split: [], lambda: "v1")
+FREE = Task("free", "generation", "rouge_l", (), lambda split: [], lambda: "v1")
+
+
+def example(passage: str, label: int, question: str = "\nQ: {x} %s?\nA:") -> Example:
+    return Example("P: ", passage, question, CHOICES[label], label, CHOICES)
+
+
+def text(tokens: list[int]) -> str:
+    return bytes(token for token in tokens if token < 256).decode()
+
+
+def open_stream(
+    tokenizer: Tokenizer, data: FinetuneData, *, length: int = 96, enabled: bool = True, seed: int = 0, **ranks: int
+) -> FinetuneStream:
+    packing = PackingConfig(enabled=enabled)
+    return finetune_stream(data, tokenizer, batch_size=4, max_seq_length=length, packing=packing, seed=seed, **ranks)
+
+
+def recall(**changes: object) -> FinetuneData:
+    return FinetuneData.model_validate({"name": "recall", "task": "recall", **changes})
+
+
+def replayed(tmp_path: Path, share: float) -> FinetuneData:
+    for number in range(40):
+        (tmp_path / f"{number}.txt").write_text(f"REPLAYED {number} " * 9, encoding="utf-8")
+    replay = PretrainData(name="text", sources=(LocalSource(path=str(tmp_path)),))
+    return recall(replay=replay, replay_share=share)
+
+
+def test_the_label_word_is_the_target_and_nothing_else_is(tokenizer: Tokenizer) -> None:
+    piece = encode_examples(TASK, [example("some {braces} {0} {} passage", 1)], tokenizer, 200)[0]
+    assert piece.tokens[0] == tokenizer.eos_token_id
+    assert text(piece.tokens.tolist()) == "P: some {braces} {0} {} passage\nQ: {x} %s?\nA: yes"
+    targets = piece.labels[piece.labels != IGNORE].tolist()
+    assert text(targets) == " yes"
+    # Each target stands one position before the token itself, and the last token predicts nothing.
+    assert piece.labels[-1] == IGNORE
+    assert piece.labels[-5:-1].tolist() == piece.tokens[-4:].tolist()
+
+
+def test_free_text_ends_with_a_targeted_end_token(tokenizer: Tokenizer) -> None:
+    piece = encode_examples(FREE, [Example("A: ", "long", "\nS:", " short")], tokenizer, 64)[0]
+    assert piece.labels[piece.labels != IGNORE].tolist() == [*b" short", tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("length", [24, 40, 90])
+def test_a_long_passage_is_cut_and_the_cue_and_label_stay(tokenizer: Tokenizer, length: int) -> None:
+    long = example("abcdefghij" * 30, 1)
+    piece = encode_examples(TASK, [long], tokenizer, length)[0]
+    assert len(piece) == length
+    assert text(piece.tokens.tolist()).endswith("\nQ: {x} %s?\nA: yes")
+    assert text(piece.labels[piece.labels != IGNORE].tolist()) == " yes"
+
+
+def test_even_a_prompt_without_room_keeps_its_end_and_its_label(tokenizer: Tokenizer) -> None:
+    piece = encode_examples(TASK, [example("abc", 0)], tokenizer, 10)[0]
+    assert text(piece.tokens.tolist()) == "s?\nA: no"
+    assert len(piece) <= 10
+
+
+def test_scoring_sees_the_prompt_that_training_saw(tokenizer: Tokenizer) -> None:
+    for label in (0, 1):
+        for passage in ("short", "abcdefghij" * 30):
+            one = example(passage, label)
+            prompt, choices = encode_choices(TASK, one, tokenizer, 60)
+            assert choices == [list(b" no"), list(b" yes")]
+            trained = encode_examples(TASK, [one], tokenizer, 60)[0].tokens.tolist()
+            assert trained == [*prompt, *choices[label]]
+            # The wrong label must not change what the model reads.
+            assert prompt == encode_choices(TASK, example(passage, 1 - label), tokenizer, 60)[0]
+
+
+def test_no_room_for_a_label_or_a_prompt(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ConfigError, match=r"a label word of task here has 4 tokens and training\.max_seq_length is 5"):
+        encode_examples(TASK, [example("abc", 1)], tokenizer, 5)
+    with pytest.raises(ConfigError, match="task free: 1 tokens are no room for a prompt"):
+        encode_prompt(FREE, Example("", "x", "", " y"), tokenizer, 1)
+
+
+def test_a_long_summary_leaves_half_of_the_row_to_the_article(tokenizer: Tokenizer) -> None:
+    piece = encode_examples(FREE, [Example("A: ", "x" * 100, "\nS:", "y" * 100)], tokenizer, 40)[0]
+    assert (piece.labels != IGNORE).sum() == 20
+    assert piece.labels[-2] == tokenizer.eos_token_id
+    assert len(piece) == 40
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_an_epoch_draws_every_example_once(tokenizer: Tokenizer, enabled: bool) -> None:
+    data = recall(max_examples=50)
+    stream = open_stream(tokenizer, data, enabled=enabled)
+    assert stream.batches_per_epoch is not None
+    seen: Counter[str] = Counter()
+    while stream.epoch == 0 and len(seen) < 50:
+        batch = stream.next_batch()
+        for row, documents in zip(batch.input_ids, batch.document_ids, strict=True):
+            seen.update(text(row[documents == n].tolist()) for n in range(1, int(documents.max()) + 1))
+    examples = task_examples(data, "train")
+    assert set(seen) == {e.prompt + e.response for e in examples}
+
+
+def test_batches_per_epoch_reach_every_example(tokenizer: Tokenizer) -> None:
+    stream = open_stream(tokenizer, recall())
+    for _ in range(stream.batches_per_epoch):
+        stream.next_batch()
+    targets_left = stream.epoch == 0 and stream.state_dict()["index"] < len(stream._rows)
+    assert not targets_left
+    assert stream.epoch <= 1
+
+
+def test_the_last_max_examples_are_a_prefix_of_more(tokenizer: Tokenizer) -> None:
+    few, more = task_examples(recall(max_examples=10), "train"), task_examples(recall(max_examples=30), "train")
+    assert few == more[:10]
+    assert len({e.choices for e in more}) == 3
+    assert len(task_examples(recall(max_examples=10), "test")) == 504
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5, 23, 60])
+def test_resume_is_exact(tokenizer: Tokenizer, tmp_path: Path, stop: int) -> None:
+    data = replayed(tmp_path, 0.4)
+    data = data.model_copy(update={"max_examples": 60})
+    whole = open_stream(tokenizer, data, seed=4)
+    for _ in range(stop):
+        whole.next_batch()
+    resumed = open_stream(tokenizer, data, seed=4)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    for _ in range(25):
+        left, right = whole.next_batch(), resumed.next_batch()
+        assert torch.equal(left.input_ids, right.input_ids)
+        assert torch.equal(left.labels, right.labels)
+        assert torch.equal(left.document_ids, right.document_ids)
+    assert whole.state_dict() == resumed.state_dict()
+
+
+def test_replayed_rows_have_exactly_their_share(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    stream = open_stream(tokenizer, replayed(tmp_path, 0.25))
+    rows = torch.cat([stream.next_batch().input_ids for _ in range(25)])
+    assert sum("REPLAYED" in text(row.tolist()) or "EPLAYED" in text(row.tolist()) for row in rows) == 25
+    plain = open_stream(tokenizer, recall())
+    assert stream.batches_per_epoch == pytest.approx(plain.batches_per_epoch / 0.75, abs=2)
+
+
+def test_seeds_differ_in_order_only(tokenizer: Tokenizer) -> None:
+    one, two = (open_stream(tokenizer, recall(max_examples=40), enabled=False, seed=seed) for seed in (0, 1))
+    rows = [torch.cat([s.next_batch().input_ids for _ in range(10)]).tolist() for s in (one, two)]
+    assert rows[0] != rows[1]
+    assert sorted(rows[0]) == sorted(rows[1])
+
+
+def test_ranks_draw_disjoint_examples(tokenizer: Tokenizer) -> None:
+    data = recall(max_examples=48)
+    rows = [
+        row
+        for rank in (0, 1)
+        for stream in [open_stream(tokenizer, data, enabled=False, rank=rank, world_size=2)]
+        for row in torch.cat([stream.next_batch().input_ids for _ in range(6)]).tolist()
+    ]
+    assert len({tuple(row) for row in rows}) == 48
+
+
+def test_an_empty_split_and_too_few_examples(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finetune_dataset, "get_task", lambda name: TASK)
+    with pytest.raises(DataError, match="task recall has no examples in its train split"):
+        task_examples(recall(), "train")
+    monkeypatch.setattr(finetune_dataset, "get_task", tasks.get_task)
+    with pytest.raises(DataError, match="task recall has 2 training examples for 3 processes"):
+        open_stream(tokenizer, recall(max_examples=2), rank=0, world_size=3)
