@@ -1,18 +1,19 @@
 """A command that is killed, and typed again until it completes, writes what it would have written undisturbed."""
 
 import hashlib
-import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 40
+STEPS = 24
 WORDS = ("the", "a", "old", "new", "red", "sea", "ship", "wind", "sails", "turns", "sleeps", "harbour", "lamp", "river")
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(900)]
 
@@ -28,16 +29,30 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def frozen_source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The commands run a copy of the source: a file edited meanwhile would, rightly, make the next run another run."""
+    copy = tmp_path_factory.mktemp("source")
+    for name in ("src", "configs", "scripts"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(copy / "src"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("MKL_NUM_THREADS", "1")
+        patch.chdir(copy)
+        yield
+
+
 def command(corpus: Path, output: Path) -> list[str]:
     return [
         sys.executable,
-        str(ROOT / "scripts" / "train.py"),
+        "scripts/train.py",
         "model=tiny",
         "training=fp_pretrain",
         "training.from_scratch=true",
         "data=local",
         f"data.sources=[{{kind: local, path: '{corpus}'}}]",
-        "model.architecture.vocab_size=320",
+        "model.architecture.vocab_size=288",
         "model.architecture.hidden_size=64",
         "model.architecture.intermediate_size=128",
         "model.architecture.num_hidden_layers=2",
@@ -56,14 +71,8 @@ def command(corpus: Path, output: Path) -> list[str]:
     ]
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
 def start(corpus: Path, output: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(corpus, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
-    )
+    return subprocess.Popen(command(corpus, output), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(corpus: Path, output: Path) -> str:
