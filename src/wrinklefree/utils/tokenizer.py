@@ -8,7 +8,7 @@ in tokenizer_config.json, written so that `transformers.AutoTokenizer` reads the
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -54,10 +54,11 @@ class TextTokenizer:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
-        self.special = special
+        # Written out, so that a saved and loaded tokenizer has the same fingerprint.
+        self.special = special = replace(special, pad=special.eos if special.pad is None else special.pad)
         self.eos_token_id = self._id_of(special.eos)
         self.bos_token_id = None if special.bos is None else self._id_of(special.bos)
-        self.pad_token_id = self.eos_token_id if special.pad is None else self._id_of(special.pad)
+        self.pad_token_id = self._id_of(special.pad or special.eos)
         if special.add_bos and special.bos is None:
             raise CheckpointError("the tokenizer is to open documents with a bos token and names none; set bos_token")
 
@@ -134,7 +135,7 @@ class TextTokenizer:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": special.eos,
             "bos_token": special.bos,
-            "pad_token": special.pad if special.pad is not None else special.eos,
+            "pad_token": special.pad,
             "add_bos_token": special.add_bos,
             "chat_template": special.chat_template,
             "clean_up_tokenization_spaces": False,
