@@ -24,8 +24,8 @@ from torch.nn import functional
 
 from wrinklefree.models.records import IGNORE
 
-CHUNK_BYTES = {"cpu": 64 * 2**20}
-"""Bytes of one float32 block of logits by device type."""
+CHUNK_BYTES = {"cpu": 8 * 2**20}
+"""Bytes of one float32 block of logits by device type; on a CPU a block should stay in the cache."""
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 """For every other device: accelerators need larger blocks to be busy."""
 

@@ -7,6 +7,7 @@ What every layer needs is decided once a forward pass, in an `AttentionPlan`.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -97,12 +98,15 @@ def _scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     dtype = query.dtype
-    if query.device.type == "cpu" and dtype == torch.bfloat16 and key.shape[2] <= MAX_KEYS_FOR_FLOAT32:
+    in_float32 = query.device.type == "cpu" and dtype == torch.bfloat16 and key.shape[2] <= MAX_KEYS_FOR_FLOAT32
+    if in_float32:
         query, key, value = query.float(), key.float(), value.float()
     grouped = query.shape[1] != key.shape[1]
-    return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
-    ).to(dtype)
+    # Autocast would turn the inputs back.
+    with torch.autocast(query.device.type, enabled=False) if in_float32 else nullcontext():
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, enable_gqa=grouped
+        ).to(dtype)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:

@@ -56,6 +56,7 @@ from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
 from wrinklefree.utils.determinism import seed_everything
 from wrinklefree.utils.run_manager import Run, open_run, point
@@ -78,6 +79,7 @@ class StageResult:
 def run(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) -> int:
     """Run `config`; returns the exit code (0, or 128 + the signal that interrupted it)."""
     check_writable(Path(config.output_dir))
+    keep_large_buffers()
     try:
         if isinstance(config.training, PipelineConfig):
             from wrinklefree.training.pipeline import run_pipeline
