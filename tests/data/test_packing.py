@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrinklefree.data.packing import Packer, Piece, collate, cut_to_length, next_token_piece, pack
+from wrinklefree.data.packing import Packer, Piece, collate, cut_to_length, next_token_piece, pack, pack_whole
 from wrinklefree.models.records import IGNORE
 
 PAD = 999_999
@@ -67,10 +67,18 @@ def test_full_pieces_of_a_long_document_have_rows_of_their_own(lengths: list[int
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=30), st.integers(8, 20))
-def test_unsplit_pieces_stay_whole(lengths: list[int], length: int) -> None:
-    rows = pack(numbered(lengths), length, split=False)
+def test_examples_stay_whole(lengths: list[int], length: int) -> None:
+    rows = pack_whole(numbered(lengths), length)
     assert sorted(len(piece) for row in rows for piece in row.pieces) == sorted(lengths)
     assert all(len(row) <= length for row in rows)
+
+
+def test_first_fit_looks_into_the_rows_still_open() -> None:
+    sizes = [[len(piece) for piece in row.pieces] for row in pack_whole(numbered([5, 6, 3, 2, 4]), 8)]
+    assert sizes == [[5, 3], [6, 2], [4]]
+    sizes = [[len(piece) for piece in row.pieces] for row in pack_whole(numbered([5, 6, 3]), 8, open_rows=1)]
+    assert sizes == [[5], [6], [3]]
+    assert len(pack_whole(numbered([1, 1, 1]), 8, enabled=False)) == 3
 
 
 def test_packing_off_gives_each_piece_a_row() -> None:
@@ -111,4 +119,4 @@ def test_cutting_keeps_the_label_across_the_cut() -> None:
 
 def test_a_piece_that_may_not_be_cut_must_fit() -> None:
     with pytest.raises(ValueError, match="a piece of 6 tokens does not fit a row of 5"):
-        pack(numbered([6]), 5, split=False)
+        pack_whole(numbered([6]), 5)

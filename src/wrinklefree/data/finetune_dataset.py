@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from wrinklefree.data.config import FinetuneData, PackingConfig
-from wrinklefree.data.packing import Piece, Row, collate, pack
+from wrinklefree.data.packing import Piece, Row, collate, pack_whole
 from wrinklefree.data.pretrain_dataset import pretrain_stream
 from wrinklefree.data.splits import Split
 from wrinklefree.data.streams import TextStream
@@ -104,7 +104,7 @@ class FinetuneStream:
     def _rows_of(self, epoch: int) -> list[Row]:
         order = np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
         mine = (self._examples[index] for index in order[self._rank :: self._world_size])
-        return pack(mine, self._length, enabled=self._packing, split=False)
+        return pack_whole(mine, self._length, enabled=self._packing)
 
 
 def finetune_stream(
@@ -158,7 +158,7 @@ def task_examples(config: FinetuneData, split: Split) -> list[Example]:
 
 
 def encode_examples(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_seq_length: int) -> list[Piece]:
-    """Start token, prompt and response of each example. The response is the target; free text ends with an end token."""
+    """Start token, prompt and response of each example. The response is the target; free text ends with an end."""
     parts = [text for e in examples for text in (e.before, e.passage, e.after, e.response)]
     encoded = tokenizer.encode_batch(parts)
     longest = {

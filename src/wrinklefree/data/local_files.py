@@ -115,6 +115,6 @@ def _checked(value: object, where: str, column: str) -> str:
 
 def _missing_column(where: str, column: str, present: list[str]) -> DataError:
     return DataError(
-        f"{where}: there is no column {column!r}; the columns are {', '.join(present)}: set the source's text_column to "
-        "one of them"
+        f"{where}: there is no column {column!r}; the columns are {', '.join(present)}: set the source's text_column "
+        "to one of them"
     )

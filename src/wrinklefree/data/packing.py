@@ -4,8 +4,8 @@ A document longer than T is cut, never truncated: its full-length pieces become 
 shares a row with others, so long documents keep as much context as the row allows. A piece restarts positions at 0 and
 is a document of its own for attention; its last position still predicts the document's next token, so cutting loses no
 target. Every token but a document's first is a target exactly once. Tails are concatenated greedily and cut where a row
-ends, so a packed stream has no padding until it is flushed. Examples of a task must stay whole (`split=False`): one
-that does not fit the open row starts the next, and the gap is padding.
+ends, so a packed stream has no padding until it is flushed. Examples of a task must stay whole: `pack_whole`
+puts each into the first of a few open rows that has room, and what stays free is padding.
 """
 
 from collections.abc import Iterable, Sequence
@@ -17,6 +17,9 @@ import torch
 
 from wrinklefree.data.tokens import Tokens
 from wrinklefree.models.records import IGNORE, Batch
+
+OPEN_ROWS = 16
+"""Rows that `pack_whole` looks for room in; an epoch's order of examples is kept but for so many rows."""
 
 
 @dataclass(frozen=True)
@@ -70,20 +73,12 @@ class Packer:
     length: int
     enabled: bool = True
     """False: every piece gets a row to itself."""
-    split: bool = True
-    """Whether a piece may be cut where the row ends."""
     _open: list[Piece] = field(default_factory=list)
     _filled: int = 0
 
     def add(self, piece: Piece) -> list[Row]:
-        """Rows that became complete by this piece.
-
-        Raises:
-            ValueError: a piece longer than a row although pieces may not be cut.
-        """
+        """Rows that became complete by this piece."""
         rows: list[Row] = []
-        if not self.split and len(piece) > self.length:
-            raise ValueError(f"a piece of {len(piece)} tokens does not fit a row of {self.length}")
         for part in cut_to_length(piece, self.length):
             rows.extend(self._place(part))
         return rows
@@ -116,9 +111,8 @@ class Packer:
         space = self.length - self._filled
         rows: list[Row] = []
         if len(piece) > space:
-            if self.split:
-                head, piece = piece.cut(space)
-                self._append(head)
+            head, piece = piece.cut(space)
+            self._append(head)
             rows.extend(self.flush())
         self._append(piece)
         if self._filled == self.length:
@@ -130,11 +124,33 @@ class Packer:
         self._filled += len(piece)
 
 
-def pack(pieces: Iterable[Piece], length: int, *, enabled: bool = True, split: bool = True) -> list[Row]:
-    """All rows of a finite list of pieces."""
-    packer = Packer(length, enabled=enabled, split=split)
+def pack(pieces: Iterable[Piece], length: int, *, enabled: bool = True) -> list[Row]:
+    """All rows of a finite list of pieces, which may be cut."""
+    packer = Packer(length, enabled=enabled)
     rows = [row for piece in pieces for row in packer.add(piece)]
     return rows + packer.flush()
+
+
+def pack_whole(pieces: Iterable[Piece], length: int, *, enabled: bool = True, open_rows: int = OPEN_ROWS) -> list[Row]:
+    """All rows of a finite list of pieces, none of which is cut: first fit into the rows that are open.
+
+    Raises:
+        ValueError: a piece longer than a row.
+    """
+    closed: list[Row] = []
+    filling: list[list[Piece]] = []
+    for piece in pieces:
+        if len(piece) > length:
+            raise ValueError(f"a piece of {len(piece)} tokens does not fit a row of {length}")
+        room = (row for row in filling if sum(map(len, row)) + len(piece) <= length)
+        chosen = next(room, None) if enabled else None
+        if chosen is None:
+            chosen = []
+            filling.append(chosen)
+        chosen.append(piece)
+        if len(filling) > open_rows:
+            closed.append(Row(tuple(filling.pop(0))))
+    return closed + [Row(tuple(row)) for row in filling]
 
 
 def collate(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:

@@ -1,8 +1,8 @@
 """Text to pretrain on, and the text kept out of it: streams for training, fixed rows for bits per byte.
 
-Bits per byte compares models with different tokenizers, so bytes and predictions must cover the same text: each
-held-out document is cut to whole characters first, every one of its tokens is a target (a start token stands before the first),
-and all bytes of the cut count. A document longer than a row is scored in windows that each begin with the start token.
+Bits per byte compares models with different tokenizers, so bytes and predictions must cover the same text. Each held-out
+document is cut to whole characters first; every one of its tokens is a target, because a start token stands before the
+first; and all bytes of the cut count. A document longer than a row is scored in windows, each with its start token.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from wrinklefree.data.config import (
 )
 from wrinklefree.data.facts import biographies
 from wrinklefree.data.hub import open_hub_stream, text_of
-from wrinklefree.data.packing import Piece, Row, collate, pack
+from wrinklefree.data.packing import Piece, Row, collate, pack_whole
 from wrinklefree.data.sources import load_documents, open_reader, source_fingerprint, source_name, training_part
 from wrinklefree.data.splits import hash_share, split_by_hash
 from wrinklefree.data.streams import LARGEST_FINITE_BLOCK, PieceCursor, TextStream
@@ -136,7 +136,7 @@ def held_out_rows(
     pieces = [
         piece for index, ids in enumerate(encoded) for piece in _scored_windows(ids, start, max_seq_length, index)
     ]
-    rows = pack(pieces, max_seq_length, split=False)
+    rows = pack_whole(pieces, max_seq_length)
     groups = [rows[first : first + batch_size] for first in range(0, len(rows), batch_size)]
     return HeldOut(
         batches=[collate(group, max_seq_length, tokenizer.pad_token_id) for group in groups],
