@@ -124,6 +124,10 @@ class WeightedSum:
         """Weights in force; an open `auto` weight counts as 0."""
         return {name: self._weights.get(name, 0.0) for term in self._terms for name in term.names}
 
+    def alone(self, name: str) -> "WeightedSum":
+        """The same terms with every weight but that of `name` at 0: its share of the gradient."""
+        return WeightedSum(self._terms, {other: w if other == name else 0.0 for other, w in self.weights.items()})
+
     def counts(self, batch: Batch) -> dict[str, float]:
         """Local denominators by term, from the CPU batch; the trainer sums them over micro-batches and ranks."""
         counted: dict[str, float] = {}

@@ -218,7 +218,7 @@ def score_classification(
     hits = tuple(float(a == b) for a, b in zip(labels, predictions, strict=True))
     return TaskScore(
         task=task.name,
-        metric="accuracy",
+        metric=task.metric,
         value=sum(hits) / len(hits),
         interval=ratio_interval(hits, [1.0] * len(hits)),
         per_example=hits,
@@ -248,7 +248,7 @@ def score_generation(
     )
     return TaskScore(
         task=task.name,
-        metric="rougeL",
+        metric=task.metric,
         value=sum(values) / len(values),
         interval=ratio_interval(values, [1.0] * len(values)),
         per_example=values,

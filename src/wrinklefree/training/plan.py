@@ -105,11 +105,10 @@ def base_input(config: RunConfig) -> StageInput:
 
 
 def repository_root() -> Path | None:
-    """The checkout that this code runs from, or None for an installed wheel."""
-    for folder in Path(wrinklefree.__file__).resolve().parents:
-        if (folder / ".git").exists():
-            return folder
-    return None
+    """The checkout that this code runs from, or None for an installed wheel (even inside another project's checkout)."""
+    package = Path(wrinklefree.__file__).resolve().parent
+    root = package.parents[1]
+    return root if package.parent.name == "src" and (root / ".git").exists() else None
 
 
 def plan_stage(

@@ -13,6 +13,7 @@ from wrinklefree.data.config import FinetuneData, PretrainData
 from wrinklefree.data.finetune_dataset import task_examples
 from wrinklefree.data.pretrain_dataset import held_out_documents, held_out_rows
 from wrinklefree.data.tasks import get_task
+from wrinklefree.data.tokens import start_token_id
 from wrinklefree.models.artifact import read_artifact
 from wrinklefree.models.bitlinear import BitLinear
 from wrinklefree.models.convert import to_bitnet
@@ -165,9 +166,7 @@ def evaluate_arms(config: RunConfig, steps: Mapping[str, StagePlan], tokens: Map
 
 
 def _continue(model: CausalLM, tokenizer: TextTokenizer, prompt: str) -> str:
-    ids = tokenizer.encode(prompt)
-    if tokenizer.add_bos and tokenizer.bos_token_id is not None:
-        ids = [tokenizer.bos_token_id, *ids]
+    ids = [start_token_id(tokenizer), *tokenizer.encode(prompt)]
     with fully_quantized(model):
         [response] = generate(model, [ids], max_new_tokens=SAMPLE_TOKENS, eos_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(response)

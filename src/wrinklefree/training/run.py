@@ -142,6 +142,8 @@ def run_stage(plan: StagePlan) -> StageResult:
             raise
         seconds = time.perf_counter() - started
         run_.mark("completed", tokens=tokens, seconds=seconds)
+        # Only now: a kill before the mark must still find them.
+        run_.checkpoints.clear()
         point(plan.pointer, plan.artifact)
         logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
         return StageResult(plan, skipped=False, seconds=seconds, tokens=tokens)
@@ -289,7 +291,6 @@ def _train(plan: StagePlan, run_: Run) -> int:
         tokenizer,
         lineage_record(plan, tokens=trainer.progress.tokens, resolved=identity),
     )
-    run_.checkpoints.clear()
     return trainer.progress.tokens
 
 
