@@ -23,7 +23,10 @@ ARCHITECTURE = Architecture(
     max_position_embeddings=256,
     tie_word_embeddings=True,
 )
-WORDS = "the a old new red sea ship wind sails turns sleeps harbour lamp river baker pilot works keeps colour cat dog is".split()
+WORDS = (
+    "the", "a", "old", "new", "red", "sea", "ship", "wind", "sails", "turns", "sleeps", "harbour", "lamp", "river",
+    "baker", "pilot", "works", "keeps", "colour", "cat", "dog", "is",
+)  # fmt: skip
 
 
 def sentences(seed: int, count: int) -> str:

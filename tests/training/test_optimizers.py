@@ -270,8 +270,8 @@ def test_state_size_of_apollo_counted_by_hand():
     ("stage", "device", "expected"),
     [
         ("stage2", "cuda", "muon"),
-        ("stage3", "cuda", "adamw_8bit"),
-        ("fp_sft", "cuda", "adamw_8bit"),
+        ("stage3", "cuda", "adamw"),
+        ("fp_sft", "cuda", "adamw"),
         ("stage2", "cpu", "adamw"),
         ("stage1_9", "cpu", "adamw"),
     ],

@@ -29,7 +29,7 @@ from wrinklefree.utils.manifest import MANIFEST, commit_folder, verify_manifest,
 from wrinklefree.utils.storage import atomic_write, check_space, explained, temporary_folder
 from wrinklefree.utils.tokenizer import TextTokenizer
 
-CONFIG, WEIGHTS, LINEAGE = "config.json", "model.safetensors", "lineage.json"
+CONFIG, WEIGHTS, LINEAGE, CARD = "config.json", "model.safetensors", "lineage.json", "README.md"
 POINTERS = ("stage3_checkpoint", "stage2_checkpoint", "stage1_9_checkpoint", "stage1_checkpoint", "checkpoint")
 """Links inside a stage's output folder that lead to its newest artifact."""
 
@@ -56,10 +56,13 @@ class Artifact:
         return TextTokenizer.from_folder(self.folder)
 
 
-def write_artifact(folder: Path, model: CausalLM, tokenizer: TextTokenizer, lineage: Mapping[str, Any]) -> Artifact:
+def write_artifact(
+    folder: Path, model: CausalLM, tokenizer: TextTokenizer, lineage: Mapping[str, Any], *, card: str | None = None
+) -> Artifact:
     """Write a model as an artifact, replacing an older one at the same place; what is on the disk is then verified.
 
-    The recorded lambda and SubLN strength are the ones that the model has now.
+    The recorded lambda and SubLN strength are the ones that the model has now, the weights are in its parameters' dtype.
+    `card` is a model card for people, kept as README.md.
 
     Raises:
         StorageError: the disk is full or refuses.
@@ -82,6 +85,8 @@ def write_artifact(folder: Path, model: CausalLM, tokenizer: TextTokenizer, line
             tokenizer.save(temporary)
         atomic_write(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
         atomic_write(temporary / LINEAGE, json.dumps(dict(lineage), indent=2, sort_keys=True) + "\n")
+        if card is not None:
+            atomic_write(temporary / CARD, card)
         write_manifest(temporary, {"kind": "artifact"}, digests={WEIGHTS: digest})
         commit_folder(temporary, folder)
     except BaseException:

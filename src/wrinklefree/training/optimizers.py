@@ -46,12 +46,13 @@ def resolve_optimizer(config: OptimizerConfig, stage: str, device_type: str) -> 
     """
     if config.type != "auto":
         return ResolvedOptimizer(config.type, f"optimizer.type={config.type}, as asked")
-    preferred: OptimizerType = "muon" if stage == "stage2" else "adamw_8bit"
+    if stage != "stage2":
+        # 8-bit AdamW becomes the default once its sharded form is proven equal to the unsharded one.
+        return ResolvedOptimizer("adamw", "adamw (optimizer.type=adamw_8bit holds its state in a quarter of the memory)")
     if device_type == "cuda":
-        return ResolvedOptimizer(preferred, f"{preferred} is the default of {stage} on a GPU")
+        return ResolvedOptimizer("muon", "muon is the default of stage2 on a GPU")
     return ResolvedOptimizer(
-        "adamw",
-        f"adamw on {device_type}; on a GPU {stage} uses {preferred} (optimizer.type={preferred} asks for it here too)",
+        "adamw", f"adamw on {device_type}; on a GPU stage2 uses muon (optimizer.type=muon asks for it here too)"
     )
 
 
