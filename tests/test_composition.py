@@ -133,7 +133,7 @@ def test_nested_keys_reach_the_steps() -> None:
     [
         (["data=packaged_wide"], "packaged_wide", "recall"),
         (["data.task=boolq"], "falcon", "boolq"),
-        (["data=downstream"], "falcon", "movie_reviews"),
+        (["data=downstream"], "falcon", "sst2"),
         (["data=downstream", "data.task=sst2"], "falcon", "sst2"),
     ],
 )

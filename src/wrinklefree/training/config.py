@@ -81,7 +81,9 @@ class EvaluationConfig(Config):
     interval: int = Field(default=0, ge=0)
     """Steps between evaluations; 0 evaluates at the end only."""
     max_tokens: int = Field(default=20_000, ge=0)
-    """Held-out tokens scored each time; 0 turns evaluation off."""
+    """Held-out tokens scored each time; 0 leaves bits per byte out."""
+    max_examples: int = Field(default=300, ge=0)
+    """Validation examples of a task scored each time; 0 leaves the task out."""
 
 
 class StageConfig(Config):

@@ -33,8 +33,7 @@ class StageInput:
 
     def describe(self) -> str:
         """One line for the plan."""
-        where = self.path if self.path is not None else "the pretrained model"
-        return f"{where} ({self.reason})"
+        return self.reason if self.path is None else f"{self.path} ({self.reason})"
 
 
 def read_lineage(artifact: Path) -> Mapping[str, Any]:

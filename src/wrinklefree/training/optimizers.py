@@ -48,7 +48,9 @@ def resolve_optimizer(config: OptimizerConfig, stage: str, device_type: str) -> 
         return ResolvedOptimizer(config.type, f"optimizer.type={config.type}, as asked")
     if stage != "stage2":
         # 8-bit AdamW becomes the default once its sharded form is proven equal to the unsharded one.
-        return ResolvedOptimizer("adamw", "adamw (optimizer.type=adamw_8bit holds its state in a quarter of the memory)")
+        return ResolvedOptimizer(
+            "adamw", "adamw (optimizer.type=adamw_8bit holds its state in a quarter of the memory)"
+        )
     if device_type == "cuda":
         return ResolvedOptimizer("muon", "muon is the default of stage2 on a GPU")
     return ResolvedOptimizer(

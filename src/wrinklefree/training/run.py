@@ -14,9 +14,10 @@ from types import FrameType
 from typing import Any
 
 from wrinklefree.data.config import FinetuneData, PretrainData
-from wrinklefree.data.finetune_dataset import finetune_stream
+from wrinklefree.data.finetune_dataset import finetune_stream, task_examples
 from wrinklefree.data.pretrain_dataset import held_out_rows, pretrain_stream, training_documents
 from wrinklefree.data.streams import BatchStream
+from wrinklefree.data.tasks import get_task
 from wrinklefree.distillation.combined_loss import language_model_objective, layerwise_objective, stage3_objective
 from wrinklefree.distillation.objective import Objective
 from wrinklefree.distillation.teacher import Teacher
@@ -51,7 +52,7 @@ from wrinklefree.training.device import (
     refuse_endless_cpu_run,
     training_flops,
 )
-from wrinklefree.training.evaluation import score_language
+from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
@@ -306,22 +307,37 @@ def make_callbacks(plan: StagePlan, model: CausalLM) -> list[Callback]:
 def make_validation(
     config: RunConfig, model: CausalLM, tokenizer: TextTokenizer, compute: Compute
 ) -> Callable[[], Mapping[str, float]] | None:
-    """Held-out bits per byte of the run's text, or None when evaluation is off or there is no text."""
+    """Validation scores: bits per byte of the run's text, and the task's metric; None when there is nothing to score."""
     training = config.training
+    assert isinstance(training, StageConfig)
     text = config.data.replay if isinstance(config.data, FinetuneData) else config.data
-    if not isinstance(training, StageConfig) or training.evaluation.max_tokens == 0 or text is None:
+    scorers: list[Callable[[], Mapping[str, float]]] = []
+    if text is not None and training.evaluation.max_tokens:
+        held_out = held_out_rows(
+            text, tokenizer,
+            split="validation", max_tokens=training.evaluation.max_tokens,
+            max_seq_length=training.max_seq_length, batch_size=training.batch_size,
+        )  # fmt: skip
+
+        def language() -> Mapping[str, float]:
+            score = score_language(model, held_out, compute)
+            return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
+
+        scorers.append(language)
+    if isinstance(config.data, FinetuneData) and training.evaluation.max_examples:
+        task = get_task(config.data.task)
+        examples = task_examples(config.data, "validation")[: training.evaluation.max_examples]
+
+        def answers() -> Mapping[str, float]:
+            score = score_task(
+                model, tokenizer, task, examples, max_seq_length=training.max_seq_length, compute=compute
+            )
+            return {f"{score.task} {score.metric}": score.value}
+
+        scorers.append(answers)
+    if not scorers:
         return None
-    held_out = held_out_rows(
-        text, tokenizer,
-        split="validation", max_tokens=training.evaluation.max_tokens,
-        max_seq_length=training.max_seq_length, batch_size=training.batch_size,
-    )  # fmt: skip
-
-    def evaluate() -> Mapping[str, float]:
-        score = score_language(model, held_out, compute)
-        return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
-
-    return evaluate
+    return lambda: {name: value for scorer in scorers for name, value in scorer().items()}
 
 
 @contextmanager
