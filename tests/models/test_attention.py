@@ -166,3 +166,13 @@ def test_bfloat16_states_give_bfloat16_close_to_float32(length: int) -> None:
     rounded = attend(query.bfloat16(), key.bfloat16(), value.bfloat16(), AttentionPlan(is_causal=True))
     assert rounded.dtype == torch.bfloat16
     assert ((rounded - exact).norm() / exact.norm()).item() < 0.01
+
+
+def test_autocast_does_not_turn_short_rows_back_to_bfloat16() -> None:
+    query, key, value = (states(2, heads, 32, 16, seed=seed).bfloat16() for seed, heads in ((0, 4), (1, 2), (2, 2)))
+    plain = attend(query, key, value, AttentionPlan(is_causal=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        under_autocast = attend(query, key, value, AttentionPlan(is_causal=True))
+    assert torch.equal(plain, under_autocast)
+    exact = attend(query.float(), key.float(), value.float(), AttentionPlan(is_causal=True))
+    assert torch.equal(plain, exact.bfloat16())
