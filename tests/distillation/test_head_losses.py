@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
-from wrinklefree.distillation.head_losses import SoftTargets, head_losses, rows_a_chunk, select_rows
+from wrinklefree.distillation.head_losses import CHUNK_BYTES, SoftTargets, head_losses, rows_a_chunk, select_rows
 from wrinklefree.distillation.logits_loss import logits_kl
 from wrinklefree.models.records import IGNORE
 
@@ -74,12 +74,12 @@ def test_a_second_backward_is_refused() -> None:
         total.backward()
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.elements = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for item in result if isinstance(result, (tuple, list)) else [result]:
             if isinstance(item, Tensor):
@@ -152,7 +152,8 @@ def test_rows_are_picked_by_index_on_the_cpu_and_kept_where_counting_would_stall
     assert select_rows(mask.to("meta"), None) is None
 
 
-def test_chunk_rows_follow_the_byte_budget() -> None:
+def test_chunk_rows_follow_the_byte_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 64 * 2**20)
     assert rows_a_chunk("cpu", 49152) == 341
     assert rows_a_chunk("cuda", 151936) == 441
     assert rows_a_chunk("cpu", 10**9) == 16

@@ -86,6 +86,30 @@ def test_logit_lens_gradient_equals_autograd(make) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("low", [False, True])
+def test_recomputed_gradient_equals_autograd(make, low: bool) -> None:
+    batch, student, teacher = make.batch([[7, 3], [9]], 12), make.output(2, 12, gradients=True), make.output(2, 12)
+    if low:
+        halved = student.hidden_states[1].detach().bfloat16().requires_grad_()
+        student = replace(student, hidden_states=student.hidden_states | {1: halved})
+    real = batch.document_ids != 0
+    mine, theirs = (x.hidden_states[1].float()[real] for x in (student, teacher))
+    wanted = {
+        "mse_normalized": (mine / mine.norm(dim=-1, keepdim=True) - theirs / theirs.norm(dim=-1, keepdim=True))
+        .square()
+        .sum(-1),
+        "cosine": 1 - (mine * theirs).sum(-1) / mine.norm(dim=-1) / theirs.norm(dim=-1),
+        "mse": (mine - theirs).square().mean(-1),
+        "inner_product": ((mine * theirs).sum(-1) / (theirs * theirs).sum(-1) - 1).square(),
+    }
+    for kind, distances in wanted.items():
+        (expected,) = torch.autograd.grad(3.0 * distances.mean(), student.hidden_states[1], retain_graph=True)
+        total = 3.0 * value(kind, student, teacher, batch, weights=(0.0, 1.0, 0.0)).weighted
+        (got,) = torch.autograd.grad(total, student.hidden_states[1])
+        assert got.dtype == expected.dtype
+        torch.testing.assert_close(got, expected, rtol=1e-2 if low else 1e-4, atol=1e-4 if low else 1e-7)
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_zero_when_equal_and_no_teacher_gradient(make, kind: str) -> None:
     batch = make.batch([[7, 5], [9]], 12)

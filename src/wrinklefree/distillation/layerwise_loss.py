@@ -17,12 +17,12 @@ Shapes: N positions, D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from wrinklefree.distillation.head_losses import SoftTargets, head_losses
 from wrinklefree.distillation.weighted_sum import TermValues, reciprocal, require_teacher
@@ -114,16 +114,7 @@ class LayerwiseDistillation:
         """Sum over counted positions of one layer's distance."""
         if self.loss_type == "kl":
             return self._logit_lens(student_ND, teacher_ND, counted_N, teacher)
-        # Recomputed in the backward pass: float32 copies of every layer's states would outweigh the model's own.
-        distance: Tensor = checkpoint(
-            _masked_distance,
-            _DISTANCES[self.loss_type],
-            student_ND,
-            teacher_ND,
-            counted_N,
-            use_reentrant=False,
-            preserve_rng_state=False,
-        )
+        distance: Tensor = _MaskedDistance.apply(student_ND, teacher_ND, counted_N, _DISTANCES[self.loss_type])
         return distance
 
     def _logit_lens(self, student_ND: Tensor, teacher_ND: Tensor, counted_N: Tensor, teacher: ModelOutput) -> Tensor:
@@ -134,7 +125,39 @@ class LayerwiseDistillation:
         return head_losses(teacher.final_norm(student_ND), head_VD, None, soft=soft, divergence_factor=1.0).total
 
 
-def _masked_distance(
+class _MaskedDistance(torch.autograd.Function):
+    """Sum of a distance over the counted positions, recomputed in the backward pass.
+
+    Float32 copies of every layer's states, kept for the gradient, would outweigh the model's own activations. (What
+    `torch.utils.checkpoint` does, without the seconds that its first use spends importing a compiler.)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_ND: Tensor,
+        teacher_ND: Tensor,
+        counted_N: Tensor,
+        distance: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:
+        ctx.save_for_backward(student_ND, teacher_ND, counted_N)
+        ctx.distance = distance
+        return _masked_sum(distance, student_ND, teacher_ND, counted_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the parameter name
+        ctx: Any, *grad_outputs: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        student_ND, teacher_ND, counted_N = ctx.saved_tensors
+        with torch.enable_grad():
+            student_ND = student_ND.detach().requires_grad_()
+            value = _masked_sum(ctx.distance, student_ND, teacher_ND, counted_N)
+        gradient: Tensor = torch.autograd.grad(value, student_ND, grad_outputs[0])[0]
+        return gradient, None, None, None
+
+
+def _masked_sum(
     distance: Callable[[Tensor, Tensor], Tensor], student_ND: Tensor, teacher_ND: Tensor, counted_N: Tensor
 ) -> Tensor:
     values_N = distance(student_ND.float(), teacher_ND.float())
