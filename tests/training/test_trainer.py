@@ -64,7 +64,10 @@ class SeededStream:
             self.served += 1
         shape = (self.rows, LENGTH)
         return Batch(
-            torch.stack(ids), torch.stack(labels), torch.arange(LENGTH).expand(shape), torch.ones(shape, dtype=torch.long)
+            torch.stack(ids),
+            torch.stack(labels),
+            torch.arange(LENGTH).expand(shape),
+            torch.ones(shape, dtype=torch.long),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -253,8 +253,8 @@ def render_closure(rows: Sequence[Row]) -> str:
     for row in rows:
         for what, closure in (("bits per byte", row.bits_closure), ("the task", row.task_closure)):
             if closure is not None:
-                value = "undefined" if closure.value is None else f"{100 * closure.value:.0f}%"
-                lines.append(f"gap closure on {what}, BitNet-SFT to control: {value} ({closure.reason})")
+                value = closure.reason if closure.value is None else f"{100 * closure.value:.0f}% ({closure.reason})"
+                lines.append(f"gap closure on {what}, BitNet-SFT to control: {value}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,55 @@
+"""Which dtype a run computes in, and when a CPU run is refused."""
+
+import logging
+
+import pytest
+import torch
+
+from wrinklefree.training.device import (
+    Compute,
+    choose_compute,
+    multiplies_bfloat16,
+    refuse_endless_cpu_run,
+    training_flops,
+)
+from wrinklefree.utils.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True, "avx512_f": True}, False), ({}, False)],
+)
+def test_bfloat16_only_where_the_cpu_multiplies_it(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert multiplies_bfloat16(CPU) is expected
+
+
+def test_autocast_follows_the_dtype() -> None:
+    x = torch.ones(2, 2)
+    for dtype in (torch.bfloat16, torch.float32):
+        with Compute(CPU, dtype).autocast():
+            assert (x @ x).dtype == dtype
+    assert Compute(CPU, torch.bfloat16).dtype_name == "bfloat16"
+
+
+def test_an_explicit_dtype_is_obeyed() -> None:
+    assert choose_compute("float32").dtype == torch.float32
+
+
+def test_a_teacher_adds_a_forward_pass() -> None:
+    assert training_flops(10, 100, with_teacher=False) == 6000
+    assert training_flops(10, 100, with_teacher=True) == 8000
+
+
+def test_a_run_of_days_on_a_cpu_needs_insisting(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    with pytest.raises(ConfigError, match=r"about 48\.0 hours.*allow_slow=true"):
+        refuse_endless_cpu_run(48 * 3600, allow_slow=False, command_hint="stage 2")
+    refuse_endless_cpu_run(48 * 3600, allow_slow=True, command_hint="stage 2")
+    refuse_endless_cpu_run(90, allow_slow=False, command_hint="stage 2")
+    assert "estimated time 48.0 hours" in caplog.text
+    assert "NO GPU: stage 2 runs on the CPU, estimated time 1.5 minutes" in caplog.text
