@@ -149,7 +149,8 @@ class _MaskedDistance(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the parameter name
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        student_ND, teacher_ND, counted_N = ctx.saved_tensors
+        saved: tuple[Tensor, Tensor, Tensor] = ctx.saved_tensors
+        student_ND, teacher_ND, counted_N = saved
         with torch.enable_grad():
             student_ND = student_ND.detach().requires_grad_()
             value = _masked_sum(ctx.distance, student_ND, teacher_ND, counted_N)
