@@ -127,7 +127,8 @@ def test_stale_temporary_folders_are_swept(
     for name, age in (("old", 10**6), ("new", 0)):
         folder = cache / f".partial-{name}"
         folder.mkdir(parents=True)
-        os.utime(folder, (folder.stat().st_mtime - age,) * 2)
+        then = folder.stat().st_mtime - age
+        os.utime(folder, (then, then))
     assets.fetch("one")
     assert sorted(path.name for path in cache.iterdir()) == [".partial-new", "pypi-parcel-1.2.3"]
 

@@ -6,10 +6,12 @@ misshapen tensor is always an error.
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
@@ -43,7 +45,7 @@ def assemble(
     Raises:
         CheckpointError: tensors are missing, unexpected, doubled or misshapen: the count and the first names.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoRandomWeights():
         model = CausalLM(architecture, bitnet)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
@@ -77,6 +79,21 @@ def assemble(
         )
     model.load_state_dict(found, strict=True, assign=True)
     return model.to(device)
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Leaves out random initialisation, which on the meta device fills nothing and yet loads seconds of imports."""
+
+    _skipped = frozenset({nn.init.normal_, nn.init.kaiming_uniform_, nn.init.uniform_, Tensor.normal_, Tensor.uniform_})
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Return the tensor as it is, or call the function."""
+        named = kwargs or {}
+        if func in self._skipped:
+            return args[0] if args else named["tensor"]
+        return func(*args, **named)
 
 
 def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
