@@ -189,6 +189,8 @@ class Trainer:
             if step == 0 and self.objective.needs_calibration:
                 self._calibrate(batches, counts)
             total, terms, weights = self._accumulate(batches, counts)
+            if self.teacher is not None:
+                self.teacher.release()
             norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.grad_clip)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(batches[0]) from error
