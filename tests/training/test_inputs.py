@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher, stage_pointer
-from wrinklefree.training.stage import STAGES
+from wrinklefree.training.stages import STAGES
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 
 BASE = StageInput("base", "base-weights", None, "the pretrained model")

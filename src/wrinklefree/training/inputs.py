@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wrinklefree.training.stage import STAGES, Stage
+from wrinklefree.training.stage import Stage
+from wrinklefree.training.stages import STAGES
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)

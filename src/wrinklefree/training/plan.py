@@ -13,7 +13,8 @@ from wrinklefree.data.pretrain_dataset import data_fingerprint
 from wrinklefree.models.hf import identity
 from wrinklefree.training.config import PretrainConfig, RunConfig, Stage1Config, Stage3Config, StageConfig
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
-from wrinklefree.training.stage import STAGES, Stage
+from wrinklefree.training.stage import Stage
+from wrinklefree.training.stages import STAGES
 from wrinklefree.utils.run_fingerprint import Fingerprint, fingerprint
 
 FROM_SCRATCH = StageInput(stage="base", fingerprint="from-scratch", path=None, reason="random weights")

@@ -18,13 +18,9 @@ from wrinklefree.data.finetune_dataset import finetune_stream, task_examples
 from wrinklefree.data.pretrain_dataset import held_out_rows, pretrain_stream, training_documents
 from wrinklefree.data.streams import BatchStream
 from wrinklefree.data.tasks import get_task
-from wrinklefree.distillation.combined_loss import language_model_objective, layerwise_objective, stage3_objective
-from wrinklefree.distillation.objective import Objective
 from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.artifact import read_artifact, write_artifact
 from wrinklefree.models.bitlinear import set_quantization
-from wrinklefree.models.config import Architecture
-from wrinklefree.models.convert import to_bitnet
 from wrinklefree.models.hf import load_pretrained
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.subln import set_subln_strength
@@ -40,7 +36,6 @@ from wrinklefree.training.config import (
     PipelineConfig,
     PretrainConfig,
     RunConfig,
-    Stage1Config,
     Stage3Config,
     StageConfig,
 )
@@ -56,6 +51,7 @@ from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
+from wrinklefree.training.stage1 import insert_subln
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
 from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
@@ -134,7 +130,7 @@ def run_stage(plan: StagePlan) -> StageResult:
         seed_everything(config.seed)
         run_.mark("running")
         try:
-            tokens = _insert_subln(plan) if isinstance(config.training, Stage1Config) else _train(plan, run_)
+            tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
         except Interrupted as stopped:
             run_.mark("interrupted", step=stopped.step)
             raise
@@ -191,40 +187,11 @@ def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> BatchStream:
 
 
 def _insert_subln(plan: StagePlan) -> int:
-    """Stage 1."""
-    config, training = plan.config, plan.config.training
-    assert isinstance(training, Stage1Config)
-    model, tokenizer = load_model(plan.source, config)
-    text = config.data.replay if isinstance(config.data, FinetuneData) else config.data
-    calibration = []
-    if config.subln.gain != "ones" and config.subln.placement != "none" and text is not None:
-        stream = pretrain_stream(
-            text, tokenizer,
-            batch_size=training.batch_size, max_seq_length=training.max_seq_length,
-            packing=config.packing, seed=config.seed,
-        )  # fmt: skip
-        rows = training.batch_size * training.max_seq_length
-        calibration = [stream.next_batch() for _ in range(-(-config.subln.calibration_tokens // rows))]
-    ternary = to_bitnet(
-        model,
-        placement=config.subln.placement,
-        gain=config.subln.gain,
-        activation_bits=config.model.quantization.activation_bits,
-        strength=0.0 if config.subln.warmup else 1.0,
-        calibration=calibration,
-    )
+    """Stage 1: convert, write; no tokens are trained on."""
+    model, tokenizer = load_model(plan.source, plan.config)
+    ternary = insert_subln(plan.config, model, tokenizer)
     write_artifact(plan.artifact, ternary, tokenizer, lineage_record(plan, tokens=0, resolved={}))
     return 0
-
-
-def make_objective(plan: StagePlan, architecture: Architecture, teacher: CausalLM | None) -> Objective:
-    """What the stage minimises."""
-    if plan.stage.name == "stage3":
-        assert teacher is not None
-        return stage3_objective(plan.config.distillation, architecture, teacher.architecture)
-    if plan.stage.name == "stage1_9":
-        return layerwise_objective(plan.config.layerwise, architecture)
-    return language_model_objective()
 
 
 def _train(plan: StagePlan, run_: Run) -> int:
@@ -240,9 +207,11 @@ def _train(plan: StagePlan, run_: Run) -> int:
         model, tokenizer = load_model(plan.source, config)
     model.to(compute.device).train()
     model.activation_checkpointing = training.activation_checkpointing
-    teacher = teacher_model = None
+    assert plan.stage.objective is not None
+    teacher = teacher_architecture = None
     if plan.teacher is not None:
         teacher_model, _ = load_model(plan.teacher, config)
+        teacher_architecture = teacher_model.architecture
         offload = isinstance(training, Stage3Config) and training.teacher.offload
         teacher = Teacher(teacher_model.to(compute.device), offload=offload)
     stream = open_stream(config, tokenizer)
@@ -258,7 +227,7 @@ def _train(plan: StagePlan, run_: Run) -> int:
     spec = model.bitnet
     trainer = Trainer(
         model=model,
-        objective=make_objective(plan, model.architecture, teacher_model),
+        objective=plan.stage.objective(config, model.architecture, teacher_architecture),
         optimizer=build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed),
         stream=stream,
         settings=TrainerSettings(

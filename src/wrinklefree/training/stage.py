@@ -1,9 +1,25 @@
-"""The stages of BitDistill as a table: what each reads and writes. The trainer never asks which one runs."""
+"""What a stage is: what it reads, where it writes, and what it minimises. The trainer never asks which one runs.
 
+Each stage has a module with its row (`stage1.py`, `stage1_9.py`, `stage2.py`, `stage3.py`, `sft.py`, `pretrain.py`);
+`stages.py` is the table of all rows.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from wrinklefree.distillation.objective import Objective
+from wrinklefree.models.config import Architecture
+from wrinklefree.training.config import RunConfig
+
 TeacherKind = Literal["none", "base", "task"]
+"""Who teaches: nobody; the pretrained model; the model fine-tuned on the task."""
+
+MakeObjective = Callable[[RunConfig, Architecture, Architecture | None], Objective]
+"""(configuration, student, teacher) -> what the stage minimises."""
+
+TRAINING_SECTIONS = ("model", "training", "data", "optimizer", "packing", "seed")
+"""Root keys that decide the result of every stage that trains."""
 
 
 @dataclass(frozen=True)
@@ -19,98 +35,13 @@ class Stage:
     reads: tuple[str, ...]
     """Stages whose artifact it takes, the furthest first; empty: the pretrained model."""
     ternary: bool
-    """Whether the model that it trains has BitLinear layers."""
-    trains: bool
-    teacher: TeacherKind
+    """Whether the model that it writes has BitLinear layers."""
     sections: tuple[str, ...]
     """Root keys of the configuration that decide its result: the part that the fingerprint covers."""
+    objective: MakeObjective | None
+    """None: the stage trains nothing."""
+    teacher: TeacherKind = "none"
 
     def folder_name(self, model_name: str) -> str:
-        """The seed's folder name for this stage and model."""
+        """Folder of this stage and model below `output_dir`."""
         return f"bitdistill_{model_name}_{self.folder}"
-
-
-_TRAINING_SECTIONS = ("model", "training", "data", "optimizer", "packing", "seed")
-
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage(
-            "stage1",
-            "stage 1: SubLN insertion",
-            "subln_insertion",
-            "stage1_checkpoint",
-            reads=(),
-            ternary=True,
-            trains=False,
-            teacher="none",
-            sections=("model", "training", "data", "subln", "seed"),
-        ),
-        Stage(
-            "stage1_9",
-            "stage 1.9: layer-wise distillation",
-            "layerwise_distillation",
-            "stage1_9_checkpoint",
-            reads=("stage1",),
-            ternary=True,
-            trains=True,
-            teacher="base",
-            sections=(*_TRAINING_SECTIONS, "layerwise"),
-        ),
-        Stage(
-            "stage2",
-            "stage 2: continued pretraining",
-            "continue_pretrain",
-            "stage2_checkpoint",
-            reads=("stage1_9", "stage1"),
-            ternary=True,
-            trains=True,
-            teacher="none",
-            sections=(*_TRAINING_SECTIONS, "influence"),
-        ),
-        Stage(
-            "stage3",
-            "stage 3: distillation fine-tuning",
-            "distillation",
-            "stage3_checkpoint",
-            reads=("stage2", "stage1_9", "stage1"),
-            ternary=True,
-            trains=True,
-            teacher="task",
-            sections=(*_TRAINING_SECTIONS, "influence", "distillation"),
-        ),
-        Stage(
-            "fp_pretrain",
-            "full-precision pretraining",
-            "fp_pretrain",
-            "checkpoint",
-            reads=(),
-            ternary=False,
-            trains=True,
-            teacher="none",
-            sections=_TRAINING_SECTIONS,
-        ),
-        Stage(
-            "fp_sft",
-            "full-precision fine-tuning",
-            "fp_sft",
-            "checkpoint",
-            reads=(),
-            ternary=False,
-            trains=True,
-            teacher="none",
-            sections=_TRAINING_SECTIONS,
-        ),
-        Stage(
-            "bitnet_sft",
-            "BitNet-SFT: ternary fine-tuning without stages 1.9, 2 and distillation",
-            "bitnet_sft",
-            "checkpoint",
-            reads=("stage1",),
-            ternary=True,
-            trains=True,
-            teacher="none",
-            sections=_TRAINING_SECTIONS,
-        ),
-    )
-}

@@ -1,0 +1,24 @@
+"""Stage 2: continue pretraining with ternary weights (arXiv:2510.13998, section 3.2): next-token cross-entropy."""
+
+from wrinklefree.distillation.combined_loss import language_model_objective
+from wrinklefree.distillation.objective import Objective
+from wrinklefree.models.config import Architecture
+from wrinklefree.training.config import RunConfig
+from wrinklefree.training.stage import TRAINING_SECTIONS, Stage
+
+
+def cross_entropy(config: RunConfig, student: Architecture, teacher: Architecture | None) -> Objective:
+    """Cross-entropy at the targets: every token of text, the response tokens of a task."""
+    return language_model_objective()
+
+
+STAGE = Stage(
+    name="stage2",
+    title="stage 2: continued pretraining",
+    folder="continue_pretrain",
+    pointer="stage2_checkpoint",
+    reads=("stage1_9", "stage1"),
+    ternary=True,
+    sections=(*TRAINING_SECTIONS, "influence"),
+    objective=cross_entropy,
+)
