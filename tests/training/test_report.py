@@ -64,9 +64,7 @@ def test_gap_closure_is_against_the_control_and_honest_about_no_gap() -> None:
     assert rows["control"].bits_closure is None
     text = render_closure(summarize([outcome(0)]))
     assert "gap closure on bits per byte, BitNet-SFT to control: 80%" in text
-    assert (
-        "gap closure on the task, BitNet-SFT to control: undefined: the gap is 0.0200, below 0.05" in text
-    )
+    assert "gap closure on the task, BitNet-SFT to control: undefined: the gap is 0.0200, below 0.05" in text
 
 
 def test_several_seeds_give_the_mean_and_two_standard_errors() -> None:

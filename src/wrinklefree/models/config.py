@@ -5,7 +5,7 @@ Imports no torch: reading and checking a configuration must be instant.
 
 from typing import Literal
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from wrinklefree.utils.config import Config
 
@@ -64,7 +64,8 @@ class Architecture(Config):
 class Quantization(Config):
     """Bits of the linear layers inside the blocks; embeddings, head and norms stay full precision."""
 
-    weight_bits: Literal[1.58] = 1.58
+    weight_bits: float = Field(default=1.58, ge=1.58, le=1.58)
+    """Always 1.58: three values, log2(3) bits."""
     activation_bits: Literal[4, 8] | None = 8
     """Bits of the per-token activation codes; null turns activation quantization off."""
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
 from wrinklefree.data.finetune_dataset import encode_choices, encode_prompt
@@ -275,6 +276,9 @@ def score_task(
     return score(model, tokenizer, task, examples, max_seq_length=max_seq_length, compute=compute)
 
 
+Values = Sequence[float] | NDArray[np.float64]
+
+
 @dataclass(frozen=True)
 class GapClosure:
     """How much of the gap between a baseline and its control a student closes."""
@@ -285,8 +289,7 @@ class GapClosure:
 
 
 def gap_closure(
-    baseline: Sequence[float], student: Sequence[float], control: Sequence[float], weights: Sequence[float], *,
-    smallest_gap: float,
+    baseline: Values, student: Values, control: Values, weights: Values, *, smallest_gap: float
 ) -> GapClosure:  # fmt: skip
     """(baseline - student) / (baseline - control) for means of paired per-item values, weighted by `weights`.
 

@@ -104,13 +104,14 @@ def evaluate_arms(config: RunConfig, steps: Mapping[str, StagePlan], tokens: Map
     # The text that stage 3 distils on, where it does: there the gap closes on text that all arms were trained for.
     text_data = stage3.data.replay or stage2.data
     assert isinstance(stage3.training, StageConfig)
+    length = stage3.training.max_seq_length
     task = get_task(stage3.data.task)
     examples = task_examples(stage3.data, "test")
     tokenizer = read_artifact(steps["stage3"].artifact).load_tokenizer()
     held_out = held_out_rows(
         text_data, tokenizer,
         split="test", max_tokens=config.training.evaluation_tokens,
-        max_seq_length=stage3.training.max_seq_length, batch_size=16,
+        max_seq_length=length, batch_size=16,
     )  # fmt: skip
     compute = choose_compute(stage3.training.dtype)
     text = held_out_documents(text_data, "test")[0]
@@ -126,9 +127,7 @@ def evaluate_arms(config: RunConfig, steps: Mapping[str, StagePlan], tokens: Map
             meaning=meaning,
             tokens=trained,
             language=score_language(model, held_out, compute),
-            task=score_task(
-                model, tokenizer, task, examples, max_seq_length=stage3.training.max_seq_length, compute=compute
-            ),
+            task=score_task(model, tokenizer, task, examples, max_seq_length=length, compute=compute),
             size=model_size(model, ternary=any(isinstance(module, BitLinear) for module in model.modules())),
         )
         logger.info(
@@ -209,18 +208,30 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Row]:
 
     rows = []
     for name, arms in by_name.items():
-        closures: tuple[GapClosure | None, ...] = (None, None)
+        on_bits: GapClosure | None = None
+        on_task: GapClosure | None = None
         if name == "BitDistill" and "control" in by_name:
             sizes = [float(size) for size in arms[0].language.document_bytes]
             ones = [1.0] * len(arms[0].task.per_example)
-            closures = tuple(
+            on_bits, on_task = (
                 gap_closure(of("BitNet-SFT"), of(name), of("control"), weights, smallest_gap=smallest)
                 for of, weights, smallest in ((bits, sizes, SMALLEST_GAP_BITS), (errors, ones, SMALLEST_GAP_ACCURACY))
             )
         value, interval = _over_seeds([a.language.bits_per_byte for a in arms], [a.language.interval for a in arms])
         score, score_interval = _over_seeds([a.task.value for a in arms], [a.task.interval for a in arms])
         rows.append(
-            Row(name, arms[0].meaning, arms[0].tokens, value, interval, score, score_interval, *closures, arms[0].size)
+            Row(
+                name,
+                arms[0].meaning,
+                arms[0].tokens,
+                value,
+                interval,
+                score,
+                score_interval,
+                on_bits,
+                on_task,
+                arms[0].size,
+            )
         )
     return rows
 

@@ -175,15 +175,15 @@ def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> BatchStream:
     """The run's training rows."""
     training = config.training
     assert isinstance(training, StageConfig)
-    opener: Callable[..., BatchStream] = finetune_stream if isinstance(config.data, FinetuneData) else pretrain_stream
-    return opener(
-        config.data,
-        tokenizer,
-        batch_size=training.batch_size,
-        max_seq_length=training.max_seq_length,
-        packing=config.packing,
-        seed=config.seed,
-    )
+    if isinstance(config.data, FinetuneData):
+        return finetune_stream(
+            config.data, tokenizer, batch_size=training.batch_size, max_seq_length=training.max_seq_length,
+            packing=config.packing, seed=config.seed,
+        )  # fmt: skip
+    return pretrain_stream(
+        config.data, tokenizer, batch_size=training.batch_size, max_seq_length=training.max_seq_length,
+        packing=config.packing, seed=config.seed,
+    )  # fmt: skip
 
 
 def _insert_subln(plan: StagePlan) -> int:

@@ -164,9 +164,13 @@ class TextTokenizer:
         """Jinja template of a conversation."""
         return self.special.chat_template
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that decides which ids a text becomes."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         special = self.special
         rest = [special.eos, special.bos, special.pad, special.add_bos, special.chat_template]
         canonical = json.dumps([json.loads(self.json), rest], sort_keys=True, ensure_ascii=False, separators=(",", ":"))
