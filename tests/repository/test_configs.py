@@ -171,7 +171,7 @@ def test_coefficients_of_the_paper(name: str, lambda_logits: float, published_ga
         (["training=fp_sft"], "downstream"),
         (["training=stage2_pretrain", "data=falcon"], "falcon"),
         (["data=packaged", "training=stage2_pretrain"], "packaged"),
-        (["experiment=tiny_base"], "facts_and_text"),
+        (["experiment=tiny_base"], "tiny_base"),
         (["experiment=tiny_base", "data=packaged"], "packaged"),
     ],
 )

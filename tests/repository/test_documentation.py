@@ -74,6 +74,8 @@ def test_printed_command_is_one_that_we_have(page: str, words: list[str]) -> Non
         check_uv_sync(words[2:])
         return
     program, *arguments = without_launcher(words)
+    if program == "-m":
+        program = f"{arguments[0].replace('.', '/')}.py"
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert set(arguments) <= set(targets)
@@ -84,7 +86,7 @@ def test_printed_command_is_one_that_we_have(page: str, words: list[str]) -> Non
     elif program == "pre-commit":
         assert (ROOT / ".pre-commit-config.yaml").is_file()
     else:
-        assert program.startswith("scripts/"), f"{page}: no rule checks {' '.join(words)!r}"
+        assert program.startswith(("scripts/", "benchmark/")), f"{page}: no rule checks {' '.join(words)!r}"
         assert (ROOT / program).is_file()
         if program == "scripts/train.py":
             check_training(arguments)
