@@ -180,6 +180,13 @@ def test_a_sweep_stops_when_a_job_is_stopped_by_a_signal(tmp_path: Path, monkeyp
     assert len(calls) == 1
 
 
+def test_a_sweep_leaves_our_log_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_run(monkeypatch, lambda config: 0)
+    ours = logging.getLogger("wrinklefree.training.trainer")
+    assert cli.train_main(["-m", "seed=1,2", f"output_dir={tmp_path}"]) == 0
+    assert not ours.disabled
+
+
 def test_cfg_job_prints_the_configuration(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.train_main(["--cfg", "job", "--package", "optimizer", "optimizer.type=muon"]) == 0
     printed = capsys.readouterr().out

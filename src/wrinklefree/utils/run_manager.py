@@ -245,6 +245,8 @@ class RunLock:
         """Give the lock back; twice is harmless."""
         if self._closer.alive:
             os.ftruncate(self._descriptor, 0)
+            # Also for a child that was forked a moment ago and has not closed its copy yet.
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         self._closer()
 
 
