@@ -61,8 +61,11 @@ def check_uv_sync(arguments: list[str]) -> None:
 
 
 def check_training(arguments: list[str]) -> None:
-    """`--help` and Hydra's own flags apart, the arguments compose and decode."""
+    """`--help` and Hydra's own flags apart, the arguments compose and decode; of a sweep, its first and last job."""
     overrides = [argument for argument in arguments if not argument.startswith("-") and argument != "job"]
+    if "-m" in arguments:
+        compose([re.sub(r"=([^,\[]*),.*", r"=\1", override) for override in overrides])
+        overrides = [re.sub(r"=[^\[]*,", "=", override) for override in overrides]
     compose(overrides)
 
 
