@@ -4,9 +4,7 @@ Composes stage 3 as `scripts/train.py` would (give it the same overrides, `train
 `training.teacher.source=` included), takes the first batches of its data, and prints for each setting the value of
 L_AD, its weight, and the norms of the weighted terms' gradients. share = |attention| / sum of the norms of all terms.
 
-    uv run python -m benchmark.relation_gradient_share model=tiny training=stage3_distill data=recall \
-        training.init_from=outputs/pipeline_tiny/bitdistill_tiny_continue_pretrain \
-        training.teacher.source=outputs/pipeline_tiny/bitdistill_tiny_fp_sft
+    uv run python -m benchmark.relation_gradient_share training=stage3_distill data=recall output_dir=outputs/pipeline_tiny
 """
 
 import argparse

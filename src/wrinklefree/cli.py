@@ -109,6 +109,11 @@ def refuse_unavailable(configuration: object) -> None:
         raise NotAvailableError(
             f"{processes} processes (WORLD_SIZE) are not available yet: start train.py without torchrun"
         )
+    if config.distributed.optimizer_offload or config.distributed.activation_checkpointing == "selective":
+        raise NotAvailableError(
+            "distributed.optimizer_offload=true and distributed.activation_checkpointing=selective are not available yet: "
+            "use training.activation_checkpointing=true or optimizer.type=adamw_8bit to save memory"
+        )
     if config.influence.enabled:
         raise NotAvailableError(
             "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed"

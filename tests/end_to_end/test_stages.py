@@ -165,6 +165,37 @@ def test_the_pipeline_trains_every_arm_once(
     assert "step 1/" not in caplog.text
 
 
+def test_the_plan_of_the_whole_default_job_needs_nothing_to_be_trained(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    output = tmp_path / "outputs"
+    offline = ["data.replay=null", "data.replay_share=0.0"]
+    steps = [f'training.steps.{name}=["training={run}","data=recall",{",".join(map(json.dumps, offline))}]'
+             for name, run in (("teacher", "fp_sft"), ("bitnet_sft", "bitnet_sft"), ("stage3", "stage3_distill"),
+                               ("control", "fp_sft"))]  # fmt: skip
+    run("dry_run=true", f"output_dir={output}", *steps)
+    for step in ("teacher", "stage1", "bitnet_sft", "stage1_9", "stage2", "stage3", "control_pretrain", "control"):
+        assert f"-- step {step}" in caplog.text
+    assert "the pipeline's stage2" in caplog.text
+    assert not (output / "pipeline_tiny").exists()
+
+
+def test_text_too_small_to_hold_out_is_trained_on_all_the_same(
+    overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    single = tmp_path / "one.txt"
+    single.write_text("the old ship sails to the new harbour. " * 40, encoding="utf-8")
+    source = f"data.sources=[{{kind: local, path: '{single}'}}]"
+    run(*overrides, "training=fp_pretrain", "data=local", source, "data.held_out_percent=0.0", *SHORT, *STEPS)
+    assert "no validation on text" in caplog.text
+
+
+def test_seeds_are_for_pipelines(overrides: list[str], text: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_main([*overrides, "training=fp_pretrain", *text, *SHORT, *STEPS, "seeds=3"]) == 2
+    assert "seeds=3 is for pipelines" in capsys.readouterr().err
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(
     overrides: list[str], text: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

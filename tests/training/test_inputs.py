@@ -23,6 +23,7 @@ def write(output_dir: Path, stage: str, fingerprint: str, ancestors: list[list[s
         "ancestors": [*ancestors, [stage, fingerprint]],
         "data": {"name": task},
         "base": {"fingerprint": "base-weights"},
+        "parents": [{"role": "init", "stage": ancestors[-1][0] if ancestors else "base"}],
     }
     (artifact / "lineage.json").write_text(json.dumps(lineage))
     pointer = stage_pointer(output_dir, "m", row)

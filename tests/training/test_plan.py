@@ -38,6 +38,11 @@ def test_epochs_of_a_text_stream_are_refused() -> None:
         steps_for(training(epochs=1.0), batches_per_epoch=None)
 
 
+def test_two_lengths_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"training\.total_tokens=1280 and training\.epochs=1 both give a length"):
+        steps_for(training(total_tokens=1280, epochs=1.0), batches_per_epoch=5)
+
+
 def fingerprint(*overrides: str, source: str = "stage1-a") -> str:
     config, tree = compose([*COMMAND, *overrides])
     parent = StageInput("stage1", source, Path("artifact"), "given", (("stage1", source),))

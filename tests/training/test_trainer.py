@@ -182,8 +182,49 @@ def test_warm_ups_end_at_one_and_never_go_back(tmp_path: Path) -> None:
 
 
 def test_without_a_warm_up_the_model_is_ternary_from_the_first_step() -> None:
-    trainer = make_trainer(warmup=WarmupConfig(schedule="none"))
+    inserted = TERNARY.model_copy(update={"subln_strength": 1.0})
+    trainer = make_trainer(bitnet=inserted, warmup=WarmupConfig(schedule="none"))
     assert trainer.warmups_at(0) == WarmStart(1.0, 1.0)
+
+
+def test_a_strength_that_stage_1_left_at_0_rises_even_where_lambda_has_no_schedule() -> None:
+    trainer = make_trainer(steps=10, warmup=WarmupConfig(schedule="none", share=0.5))
+    assert [trainer.warmups_at(step).subln_strength for step in (0, 1, 5)] == pytest.approx([0.0, 0.2, 1.0])
+    assert trainer.warmups_at(0).quantization_lambda == 1.0
+
+
+@pytest.mark.parametrize("stop_at", [4, 8])
+def test_a_signal_is_obeyed_and_the_resumed_run_still_validates(tmp_path: Path, stop_at: int) -> None:
+    """Also when it comes during the last step: the run stops after its checkpoint, before validation."""
+    seen: list[int] = []
+
+    class StopAt(Callback):
+        def on_step(self, report: StepReport) -> None:
+            if report.step == stop_at:
+                first.stop_signal = 15
+
+        def on_evaluation(self, report: StepReport) -> None:
+            seen.append(report.step)
+
+    parts: dict[str, Any] = {"folder": tmp_path / "c", "callbacks": [StopAt()], "evaluate": lambda: {"score": 1.0}}
+    first = make_trainer(**parts)
+    with pytest.raises(Interrupted):
+        first.fit(info(first, tmp_path))
+    assert seen == []
+    second = make_trainer(**parts)
+    assert second.resume(allow_identity_change=False) == stop_at
+    second.fit(info(second, tmp_path))
+    assert seen == [8]
+
+
+def test_a_validation_that_fails_loses_no_step(tmp_path: Path) -> None:
+    def broken() -> dict[str, float]:
+        raise RuntimeError("no memory for logits")
+
+    first = make_trainer(folder=tmp_path / "c", evaluate=broken)
+    with pytest.raises(RuntimeError, match="no memory"):
+        first.fit(info(first, tmp_path))
+    assert make_trainer(folder=tmp_path / "c").resume(allow_identity_change=False) == 8
 
 
 class Broken:

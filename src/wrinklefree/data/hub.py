@@ -66,8 +66,9 @@ def hub_revision(path: str, revision: str | None, *, alternatives: str = ALTERNA
     """
     if revision is not None and len(revision) == 40:
         return revision
+    from httpx2 import HTTPError
     from huggingface_hub import dataset_info
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 
     _require_hub(path, alternatives)
     if _is_offline():
@@ -75,7 +76,11 @@ def hub_revision(path: str, revision: str | None, *, alternatives: str = ALTERNA
         return f"offline:{revision}"
     try:
         return dataset_info(path, revision=revision, timeout=10).sha or "unknown"
-    except HfHubHTTPError as error:
+    except RepositoryNotFoundError as error:
+        raise DataError(
+            f"the hub has no dataset {path!r}, or it is private; check its name, or {alternatives}"
+        ) from error
+    except (HfHubHTTPError, HTTPError, OSError) as error:
         raise NetworkError(f"the hub did not answer for {path} ({_first_line(error)}); {alternatives}") from error
 
 
@@ -100,6 +105,7 @@ def _load(path: str, name: str | None, split: str, revision: str | None, *, stre
     _require_hub(path, alternatives)
     import datasets
     from datasets import exceptions
+    from httpx2 import HTTPError
 
     try:
         return datasets.load_dataset(path, name, split=split, revision=revision, streaming=streaming)
@@ -109,7 +115,7 @@ def _load(path: str, name: str | None, split: str, revision: str | None, *, stre
         ) from error
     except ValueError as error:
         raise DataError(f"hub dataset {path}, subset {name}, split {split}: {_first_line(error)}") from error
-    except (ConnectionError, OSError) as error:
+    except (OSError, HTTPError, exceptions.DatasetGenerationError) as error:
         raise NetworkError(f"cannot read {path} from the hub ({_first_line(error)}); {alternatives}") from error
 
 

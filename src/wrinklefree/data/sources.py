@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from httpx2 import HTTPError
 
 from wrinklefree.data.config import FactsSource, HubSource, LocalSource, PackagedSource, TextSource
 from wrinklefree.data.corpora import corpus_fingerprint, load_corpus
@@ -104,7 +105,7 @@ class StreamReader:
                 text = text_of(row, self.text_column, self.where)
                 if text.strip() and _is_training(text, self.held_out_percent):
                     texts.append(text)
-        except OSError as error:
+        except (OSError, HTTPError) as error:
             raise NetworkError(
                 f"{self.where} broke off ({str(error)[:150]}); run the command again to go on from the last checkpoint"
             ) from error

@@ -1,6 +1,6 @@
 """The `distillation` group (stage 3) and the root key `layerwise` (stage 1.9). Imports no torch."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -40,7 +40,7 @@ class DistillationConfig(Config):
     preset: Literal["paper", "authors_code"] = "paper"
     """Published settings of every field below that is null: form, t_squared, positions, mask."""
     lambda_logits: float = Field(default=10.0, ge=0)
-    gamma_attention: float | Literal["auto", "published"] = "auto"
+    gamma_attention: Annotated[float, Field(ge=0)] | Literal["auto", "published"] = "auto"
     """auto: the weighted term equals CE at step 0; published: `published_gamma`."""
     published_gamma: float = Field(default=1e5, gt=0)
     """The paper's value for this kind of task: 1e5 (classification), 1e3 (summarization)."""

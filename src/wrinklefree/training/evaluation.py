@@ -17,6 +17,7 @@ from torch.nn import functional
 from wrinklefree.data.finetune_dataset import encode_choices, encode_prompt
 from wrinklefree.data.pretrain_dataset import HeldOut
 from wrinklefree.data.tasks import Example, Task
+from wrinklefree.distillation.cross_entropy import target_nll
 from wrinklefree.models.bitlinear import quantization_of, set_quantization
 from wrinklefree.models.generate import generate
 from wrinklefree.models.llama import CausalLM
@@ -105,15 +106,10 @@ def score_language(model: CausalLM, held_out: HeldOut, compute: Compute) -> Lang
         for batch, documents in zip(held_out.batches, held_out.document_index, strict=True):
             moved = batch.to(compute.device)
             with compute.autocast():
-                output = model(moved)
-            targets = moved.labels != IGNORE
-            loss = functional.cross_entropy(
-                (output.hidden[targets] @ output.head_weight.to(output.hidden.dtype).T).float(),
-                moved.labels[targets],
-                reduction="none",
-            )
-            nats.index_add_(0, documents[batch.labels != IGNORE].long(), loss.double().cpu())
-            tokens += loss.numel()
+                losses = target_nll(model(moved), moved.labels)
+            targets = batch.labels != IGNORE
+            nats.index_add_(0, documents[targets].long(), losses.double().cpu()[targets])
+            tokens += batch.num_targets
     bits = (nats / math.log(2)).tolist()
     mean_nats = float(nats.sum()) / tokens
     return LanguageScore(

@@ -58,13 +58,19 @@ def read_lineage(artifact: Path) -> Mapping[str, Any]:
 def artifact_input(artifact: Path, reason: str) -> StageInput:
     """An artifact folder as a stage's input."""
     lineage = read_lineage(artifact)
-    return StageInput(
-        stage=lineage["stage"],
-        fingerprint=lineage["fingerprint"],
-        path=artifact,
-        reason=reason,
-        ancestors=tuple((stage, fingerprint) for stage, fingerprint in lineage["ancestors"]),
-    )
+    try:
+        return StageInput(
+            stage=lineage["stage"],
+            fingerprint=lineage["fingerprint"],
+            path=artifact,
+            reason=reason,
+            ancestors=tuple((stage, fingerprint) for stage, fingerprint in lineage["ancestors"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{artifact / 'lineage.json'} is no lineage of a stage ({type(error).__name__}: {error}); was it written by "
+            "another program or version?"
+        ) from error
 
 
 def stage_pointer(output_dir: Path, model_name: str, stage: Stage) -> Path:
@@ -72,8 +78,8 @@ def stage_pointer(output_dir: Path, model_name: str, stage: Stage) -> Path:
     return output_dir / stage.folder_name(model_name) / stage.pointer
 
 
-def resolve_given(path: str) -> Path:
-    """`training.init_from=` as an artifact folder: the artifact itself, or a stage's folder.
+def resolve_given(path: str, key: str = "training.init_from") -> Path:
+    """A path given by `key` as an artifact folder: the artifact itself, or a stage's folder.
 
     Raises:
         CheckpointError: when nothing is there.
@@ -85,9 +91,9 @@ def resolve_given(path: str) -> Path:
         if (folder / pointer / "lineage.json").is_file():
             return (folder / pointer).resolve()
     if not folder.exists():
-        raise CheckpointError(f"training.init_from={path}: no such folder")
+        raise CheckpointError(f"{key}={path}: no such folder")
     raise CheckpointError(
-        f"training.init_from={path}: neither an artifact (no lineage.json) nor a stage's output folder; pass for "
+        f"{key}={path}: neither an artifact (no lineage.json) nor a stage's output folder; pass for "
         "example outputs/bitdistill_<model>_continue_pretrain/stage2_checkpoint"
     )
 
@@ -116,6 +122,11 @@ def find_input(
     stage1 = artifact_input(current.resolve(), "the current stage 1 output")
     for name in stage.reads:
         pointer = stage_pointer(output_dir, model_name, STAGES[name])
+        if pointer.is_symlink() and not pointer.exists():
+            raise CheckpointError(
+                f"{pointer} leads to {pointer.readlink()}, which is gone. Run {name} again, remove the link to do without "
+                f"{name}, or choose with training.init_from=<artifact>."
+            )
         if not pointer.exists():
             continue
         candidate = artifact_input(pointer.resolve(), f"furthest earlier stage made from the current stage 1 ({name})")
@@ -154,7 +165,7 @@ def find_task_teacher(*, source: str, model_name: str, output_dir: Path, task: s
     if source == "base":
         return base
     if source != "auto":
-        return artifact_input(resolve_given(source), "training.teacher.source")
+        return artifact_input(resolve_given(source, "training.teacher.source"), "training.teacher.source")
     stage = STAGES["fp_sft"]
     folder = output_dir / stage.folder_name(model_name)
     fitting = [
@@ -182,4 +193,9 @@ def find_task_teacher(*, source: str, model_name: str, output_dir: Path, task: s
 
 
 def _fits(lineage: Mapping[str, Any], task: str, base_fingerprint: str) -> bool:
-    return lineage["data"]["name"] == task and lineage["base"]["fingerprint"] == base_fingerprint
+    """Tuned on this task, straight from these weights (a control has more pretraining behind it)."""
+    return (
+        lineage.get("data", {}).get("name") == task
+        and lineage.get("base", {}).get("fingerprint") == base_fingerprint
+        and [parent["stage"] for parent in lineage.get("parents", [])] == ["base"]
+    )

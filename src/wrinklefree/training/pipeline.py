@@ -25,6 +25,7 @@ from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.plan import StagePlan, base_input, combined_fingerprint, plan_stage, steps_for
 from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.manifest import MANIFEST
 from wrinklefree.utils.run_manager import point
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ def plan_pipeline(config: RunConfig, overrides: Sequence[str], seed: int) -> Pip
             continue
         if name not in training.steps:
             raise ConfigError(f"training.steps has no step {name}; a pipeline needs {', '.join(WIRING)}")
-        command = [*overrides, f"seed={seed}", f"output_dir={pipeline_folder(config)}", "dry_run=false"]
+        command = [*overrides, f"seed={seed}", f"output_dir='{pipeline_folder(config)}'", "dry_run=false"]
         if name == "control_pretrain":
             command.append(f"training.total_tokens={tokens}")
         composed = compose_step(training.steps[name], command)
@@ -117,7 +118,14 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
     identity = "".join(plan.fingerprint for plan in plans)
     folder = pipeline_folder(config) / "reports" / combined_identity(identity, config)[:8]
     summary = folder / "report.json"
-    if summary.is_file() and config.resume.skip_completed and not config.skip_recovery:
+    final = Path(config.output_dir) / "checkpoint-final"
+    last = plans[-1].steps["stage3"]
+    whole = summary.is_file() and all(
+        (step.artifact / MANIFEST).is_file() for plan in plans for step in plan.steps.values()
+    )
+    if whole and config.resume.skip_completed and not config.skip_recovery:
+        point(final, last.artifact)
+        point(pipeline_folder(config) / "report", folder)
         logger.info("the whole job is already complete; its report is %s", folder / "report.md")
         logger.info("%s", (folder / "table.txt").read_text())
         return
@@ -136,8 +144,6 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
         logger.info("== seed %d: evaluating every arm on held-out data", plan.seed)
         outcomes.append(evaluate_arms(config, plan.steps, {name: r.tokens for name, r in results.items()}))
         seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - evaluation_started
-    last = plans[-1].steps["stage3"]
-    final = Path(config.output_dir) / "checkpoint-final"
     point(final, last.artifact)
     report = Report(
         config=config,

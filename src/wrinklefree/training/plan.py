@@ -15,6 +15,7 @@ from wrinklefree.training.config import PretrainConfig, RunConfig, Stage1Config,
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
 from wrinklefree.training.stage import Stage
 from wrinklefree.training.stages import STAGES
+from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.run_fingerprint import Fingerprint, fingerprint
 
 FROM_SCRATCH = StageInput(stage="base", fingerprint="from-scratch", path=None, reason="random weights")
@@ -101,6 +102,8 @@ def data_name(config: RunConfig) -> str:
 def base_input(config: RunConfig) -> StageInput:
     """The pretrained model as an input; its fingerprint is the identity of its weights."""
     if isinstance(config.training, PretrainConfig) and config.training.from_scratch:
+        if config.training.init_from is not None:
+            raise ConfigError("training.from_scratch=true starts from random weights; leave training.init_from out")
         return FROM_SCRATCH
     return StageInput(stage="base", fingerprint=identity(config.model), path=None, reason="the pretrained model")
 
@@ -161,13 +164,16 @@ def steps_for(training: StageConfig, batches_per_epoch: int | None) -> int:
     """Optimizer steps of a run: `max_steps`, else `total_tokens` or `epochs` rounded up to whole steps."""
     if training.max_steps is not None:
         return training.max_steps
+    if training.total_tokens is not None and training.epochs is not None:
+        raise ConfigError(
+            f"training.total_tokens={training.total_tokens} and training.epochs={training.epochs:g} both give a length; "
+            "set one of them to null"
+        )
     accumulation = training.gradient_accumulation_steps
     if training.total_tokens is not None:
         return math.ceil(training.total_tokens / (training.batch_size * training.max_seq_length * accumulation))
     assert training.epochs is not None
     if batches_per_epoch is None:
-        from wrinklefree.utils.errors import ConfigError
-
         raise ConfigError(
             "training.epochs counts passes over a task, and this data is a text stream; give training.total_tokens=..."
         )

@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 SMALLEST_GAP_BITS = 0.03
 SMALLEST_GAP_ACCURACY = 0.05
 SAMPLE_TOKENS = 40
+STUDENT_T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+"""97.5% quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,8 @@ class Outcome:
     arms: tuple[Arm, ...]
     samples: tuple[tuple[str, str, str], ...]
     """(arm, prompt, greedy continuation)."""
+    distils_on_text: bool = True
+    """Whether stage 3 trains on the text that bits per byte are measured on."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,12 @@ def evaluate_arms(config: RunConfig, steps: Mapping[str, StagePlan], tokens: Map
         evaluate("BitNet-SFT", "stage 1, then the task with cross-entropy", tokens["bitnet_sft"], load("bitnet_sft"))
     extra = sum(tokens[name] for name in ("stage1_9", "stage2", "stage3"))
     evaluate("BitDistill", "stages 1, 1.9, 2, 3", extra, load("stage3"), sample=True)
-    return Outcome(seed=steps["stage3"].config.seed, arms=tuple(arms), samples=tuple(samples))
+    return Outcome(
+        seed=steps["stage3"].config.seed,
+        arms=tuple(arms),
+        samples=tuple(samples),
+        distils_on_text=stage3.data.replay is not None,
+    )
 
 
 def _continue(model: CausalLM, tokenizer: TextTokenizer, prompt: str) -> str:
@@ -188,12 +197,13 @@ class Row:
 
 
 def _over_seeds(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
-    """Mean and interval: the bootstrap's for one seed, mean +- 2 standard errors over several."""
+    """Mean and 95% interval: the bootstrap's for one seed, Student's t over several (what seeds differ by)."""
     mean = float(np.mean(values))
     if len(values) == 1:
         return mean, intervals[0]
     error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    return mean, Interval(mean - 2 * error, mean + 2 * error)
+    half = STUDENT_T_95[min(len(values) - 2, len(STUDENT_T_95) - 1)] * error
+    return mean, Interval(mean - half, mean + half)
 
 
 def summarize(outcomes: Sequence[Outcome]) -> list[Row]:
@@ -217,6 +227,8 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Row]:
                 gap_closure(of("BitNet-SFT"), of(name), of("control"), weights, smallest_gap=smallest)
                 for of, weights, smallest in ((bits, sizes, SMALLEST_GAP_BITS), (errors, ones, SMALLEST_GAP_ACCURACY))
             )
+            if not all(outcome.distils_on_text for outcome in outcomes):
+                on_bits = GapClosure(None, "undefined: stage 3 does not train on this text")
         value, interval = _over_seeds([a.language.bits_per_byte for a in arms], [a.language.interval for a in arms])
         score, score_interval = _over_seeds([a.task.value for a in arms], [a.task.interval for a in arms])
         rows.append(
@@ -301,7 +313,7 @@ def write_report(report: Report, folder: Path) -> None:
     atomic_write(
         folder / "report.md",
         f"# {report.config.model.name}: from full precision to ternary\n\nSeeds: {seeds}. Intervals are 95%: bootstrap "
-        "over documents and questions for one seed, two standard errors over seeds for several. Every figure is at "
+        "over documents and questions for one seed, Student's t over seeds for several. Every figure is at "
         "lambda = 1 and full SubLN strength. Ternary sizes count 2 bits a block weight and 16 bits elsewhere, full-"
         f"precision sizes 16 bits.\n\n{summary}\n\n{meanings}\n\n![bits per byte](bits_per_byte.png) ![task](task.png)"
         f"\n\n## Time\n\n| part | seconds |\n|---|---|\n{timing}\n| all | {report.total_seconds:.1f} |\n\n## Artifacts\n\n"

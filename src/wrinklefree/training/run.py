@@ -56,6 +56,7 @@ from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, 
 from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
 from wrinklefree.utils.determinism import seed_everything
+from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.run_manager import Run, open_run, point
 from wrinklefree.utils.storage import check_writable
 from wrinklefree.utils.tokenizer import TextTokenizer, train_tokenizer
@@ -75,6 +76,8 @@ class StageResult:
 
 def run(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) -> int:
     """Run `config`; returns the exit code (0, or 128 + the signal that interrupted it)."""
+    if config.seeds > 1 and not isinstance(config.training, PipelineConfig):
+        raise ConfigError(f"seeds={config.seeds} is for pipelines (training=bitdistill); give one stage seed=...")
     check_writable(Path(config.output_dir))
     keep_large_buffers()
     try:
@@ -97,7 +100,8 @@ def show_plan(plan: StagePlan) -> None:
     training = plan.config.training
     steps = tokens = None
     if isinstance(training, StageConfig):
-        stream = open_stream(plan.config, load_tokenizer(plan)) if training.epochs and not training.max_steps else None
+        counts_epochs = training.epochs is not None and training.max_steps is None
+        stream = open_stream(plan.config, load_tokenizer(plan)) if counts_epochs else None
         steps = steps_for(training, stream.batches_per_epoch if stream else None)
         tokens = steps * training.batch_size * training.max_seq_length * training.gradient_accumulation_steps
     for key, value in plan.lines(steps, tokens):
@@ -134,6 +138,9 @@ def run_stage(plan: StagePlan) -> StageResult:
         except Interrupted as stopped:
             run_.mark("interrupted", step=stopped.step)
             raise
+        except (KeyboardInterrupt, SystemExit):
+            run_.mark("interrupted")
+            raise
         except BaseException as error:
             run_.mark("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -154,7 +161,8 @@ def warn_if_dirty(plan: StagePlan, audit: AuditLogger | None) -> None:
 
 def load_tokenizer(plan: StagePlan) -> TextTokenizer:
     """The tokenizer of the run's input: the artifact's, the base model's, or a new one trained on the data."""
-    if plan.source.path is not None:
+    # A planned artifact does not exist yet; stages keep the tokenizer of the model that they begin with.
+    if plan.source.path is not None and plan.source.path.exists():
         return read_artifact(plan.source.path).load_tokenizer()
     if plan.source is FROM_SCRATCH:
         assert isinstance(plan.config.data, PretrainData)
@@ -163,11 +171,11 @@ def load_tokenizer(plan: StagePlan) -> TextTokenizer:
     return load_pretrained(plan.config.model)[1]
 
 
-def load_model(source: StageInput, config: RunConfig) -> tuple[CausalLM, TextTokenizer]:
-    """Weights and tokenizer of a stage's input."""
+def load_model(source: StageInput, config: RunConfig, *, ternary: bool | None = None) -> tuple[CausalLM, TextTokenizer]:
+    """Weights and tokenizer of a stage's input; `ternary` says which kind it must be, where that matters."""
     if source.path is None:
         return load_pretrained(config.model)
-    artifact = read_artifact(source.path, expect_architecture=config.model.architecture)
+    artifact = read_artifact(source.path, expect_architecture=config.model.architecture, expect_bitnet=ternary)
     return artifact.load_model(), artifact.load_tokenizer()
 
 
@@ -206,14 +214,19 @@ def _train(plan: StagePlan, run_: Run) -> int:
     else:
         model, tokenizer = load_model(plan.source, config)
     model.to(compute.device).train()
-    model.activation_checkpointing = training.activation_checkpointing
+    model.activation_checkpointing = (
+        training.activation_checkpointing or config.distributed.activation_checkpointing == "full"
+    )
+    longest = config.model.architecture.max_position_embeddings
+    if training.max_seq_length > longest:
+        logger.warning("rows of %d positions, and the model was made for %d", training.max_seq_length, longest)
     assert plan.stage.objective is not None
     teacher = teacher_architecture = None
     if plan.teacher is not None:
-        teacher_model, _ = load_model(plan.teacher, config)
+        teacher_model, _ = load_model(plan.teacher, config, ternary=False)
         teacher_architecture = teacher_model.architecture
         offload = isinstance(training, Stage3Config) and training.teacher.offload
-        teacher = Teacher(teacher_model.to(compute.device), offload=offload)
+        teacher = Teacher(teacher_model if offload else teacher_model.to(compute.device), offload=offload)
     stream = open_stream(config, tokenizer)
     total_steps = steps_for(training, stream.batches_per_epoch)
     if compute.device.type == "cpu":
@@ -223,7 +236,8 @@ def _train(plan: StagePlan, run_: Run) -> int:
         refuse_endless_cpu_run(seconds, allow_slow=config.allow_slow, command_hint=plan.stage.title)
     resolved = resolve_optimizer(config.optimizer, plan.stage.name, compute.device.type)
     logger.info("optimizer: %s", resolved.reason)
-    identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "device": compute.device.type}
+    identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "attention": "sdpa"}
+    identity["device"] = compute.device.type
     spec = model.bitnet
     trainer = Trainer(
         model=model,
@@ -292,7 +306,14 @@ def make_validation(
             score = score_language(model, held_out, compute)
             return {"bits_per_byte": score.bits_per_byte, "perplexity": score.perplexity}
 
-        scorers.append(language)
+        if held_out.document_bytes:
+            scorers.append(language)
+        else:
+            logger.warning(
+                "no document of %s is held out (data.held_out_percent=%g of few documents): no validation on text",
+                text.name,
+                text.held_out_percent,
+            )
     if isinstance(config.data, FinetuneData) and training.evaluation.max_examples:
         task = get_task(config.data.task)
         examples = task_examples(config.data, "validation")[: training.evaluation.max_examples]

@@ -6,6 +6,7 @@ each term a sum over tokens divided by its global count, so that accumulation is
 anything is not finite; update. The loss, its terms and the gradient norm come to the host in one transfer.
 """
 
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -117,18 +118,22 @@ class Trainer:
         self.evaluate = evaluate
         self.identity = dict(identity or {})
         self.progress = Progress()
+        self.last_report: StepReport | None = None
         self.stop_signal: int | None = None
         self._trainable = [p for p in model.parameters() if p.requires_grad]
 
     def warmups_at(self, step: int) -> WarmStart:
-        """Lambda and SubLN strength of `step` (from 0); both are 1 from the end of the warm-up on."""
-        config = self.settings.warmup
+        """Lambda and SubLN strength of `step` (from 0); both are 1 from the end of the warm-up on.
+
+        A strength below 1 was asked for in stage 1, so it rises linearly also where lambda has no schedule.
+        """
+        config, start = self.settings.warmup, self.warm_start
         steps = warmup_steps(self.settings.total_steps, config)
-
-        def value(start: float) -> float:
-            return warmup_value(step, start=start, steps=steps, shape=config.schedule)
-
-        return WarmStart(value(self.warm_start.quantization_lambda), value(self.warm_start.subln_strength))
+        strength_shape = "linear" if config.schedule == "none" and start.subln_strength < 1 else config.schedule
+        return WarmStart(
+            warmup_value(step, start=start.quantization_lambda, steps=steps, shape=config.schedule),
+            warmup_value(step, start=start.subln_strength, steps=steps, shape=strength_shape),
+        )
 
     def fit(self, info: RunInfo) -> None:
         """Train to the last step, from where `resume` left off.
@@ -143,28 +148,39 @@ class Trainer:
                 callback.on_start(info)
             while self.progress.step < self.settings.total_steps:
                 self._step_and_after()
+            if self.last_report is not None:
+                self._validate(self.last_report)
+                for callback in self.callbacks:
+                    callback.on_end(self.last_report)
         finally:
             for callback in self.callbacks:
                 callback.close()
 
     def _step_and_after(self) -> None:
-        """One step; then evaluation, checkpoint and the last step's callbacks, where they are due."""
-        report = self.train_step()
-        step, total, every = self.progress.step, self.settings.total_steps, self.settings.evaluation_interval
-        last = step == total
+        """One step; then the checkpoint, the answer to a signal, and the validation, where they are due.
+
+        The checkpoint comes first: whatever fails or is killed after it, validation included, loses nothing.
+        """
+        report = self.last_report = self.train_step()
+        step, settings = self.progress.step, self.settings
         for callback in self.callbacks:
             callback.on_step(report)
-        if self.evaluate and (last or (every and step % every == 0)):
+        last = step == settings.total_steps
+        validates = (
+            self.evaluate is not None and settings.evaluation_interval and step % settings.evaluation_interval == 0
+        )
+        if last or validates or step % settings.save_interval == 0 or self.stop_signal:
+            self.save()
+        if self.stop_signal:
+            raise Interrupted(self.stop_signal, step)
+        if validates and not last:
+            self._validate(report)
+
+    def _validate(self, report: StepReport) -> None:
+        if self.evaluate is not None:
             report.evaluation = self.evaluate()
             for callback in self.callbacks:
                 callback.on_evaluation(report)
-        if last:
-            for callback in self.callbacks:
-                callback.on_end(report)
-        if self.store and (last or step % self.settings.save_interval == 0 or self.stop_signal):
-            self.save()
-        if self.stop_signal and not last:
-            raise Interrupted(self.stop_signal, step)
 
     def train_step(self) -> StepReport:
         """One optimizer step; see the module's docstring."""
@@ -301,6 +317,7 @@ class Trainer:
             "rng": rng,
             "stream": self.stream.state_dict(),
             "objective": self.objective.state_dict(),
+            "report": None if self.last_report is None else dataclasses.asdict(self.last_report),
         }
         self.store.save(self.progress.step, tensors, state)
 
@@ -325,6 +342,8 @@ class Trainer:
         self.stream.load_state_dict(checkpoint.state["stream"])
         self.objective.load_state_dict(checkpoint.state["objective"])
         self.progress = Progress(**checkpoint.state["progress"])
+        report = checkpoint.state["report"]
+        self.last_report = None if report is None else StepReport(**report)
         return self.progress.step
 
     def _check_identity(self, checkpoint: Checkpoint, *, allow_identity_change: bool) -> None:

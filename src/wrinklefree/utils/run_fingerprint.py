@@ -39,7 +39,14 @@ INFRASTRUCTURE_PAIRS = frozenset(
         ("checkpoint", "keep_last_n"),
         ("checkpoint", "resume_from"),
         ("checkpoint", "save_interval"),
+        # The same mathematics, watched or computed otherwise.
+        ("teacher", "offload"),
+        ("training", "activation_checkpointing"),
+        ("training", "evaluation"),
+        ("training", "max_nonfinite_steps"),
         # Paths of what the stage eats: `inputs` carries the fingerprints, and a path may move.
+        ("model", "path"),
+        ("sources", "path"),
         ("teacher", "source"),
         ("training", "init_from"),
     }
