@@ -88,7 +88,8 @@ def weights(output: Path) -> str:
 
 
 def saved_steps(output: Path) -> set[str]:
-    return {path.name for path in output.glob("**/step_*") if path.is_dir() and "tmp" not in path.name}
+    # No recursion into a folder that the run may rename meanwhile.
+    return {path.name for path in output.glob("*/runs/*/checkpoints/step_*") if "tmp" not in path.name}
 
 
 def end_after_new_checkpoint(corpus: Path, output: Path, sign: signal.Signals, delay: float) -> int | None:
