@@ -13,7 +13,7 @@ says nothing about the others. What no gain can do, the strength warm-up does (`
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -120,19 +120,19 @@ class _Seen:
     tokens: int = 0
 
 
-class _Statistic:
+class _Statistic(Protocol):
     """What one site remembers of the tokens that pass."""
 
     def add(self, x: Tensor, rms: Tensor) -> None:
         """Take in tokens x [N, D] with their RMS [N, 1]."""
-        raise NotImplementedError
+        ...
 
     def gain(self) -> Tensor:
         """The gain [D] that follows."""
-        raise NotImplementedError
+        ...
 
 
-class _MedianRms(_Statistic):
+class _MedianRms:
     """Keeps one number a token."""
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -146,7 +146,7 @@ class _MedianRms(_Statistic):
         return torch.cat(self.values).quantile(0.5).expand(self.width).clone()
 
 
-class _LeastSquares(_Statistic):
+class _LeastSquares:
     """Keeps two sums a channel."""
 
     def __init__(self, linear: nn.Linear) -> None:
