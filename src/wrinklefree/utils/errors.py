@@ -36,6 +36,12 @@ class NetworkError(WrinkleFreeError):
     exit_code: ClassVar[int] = 69
 
 
+class EngineError(WrinkleFreeError):
+    """An inference engine that cannot hold the model, did not start, or died."""
+
+    exit_code: ClassVar[int] = 69
+
+
 class StorageError(WrinkleFreeError):
     """A folder or bucket that cannot be read or written, or a full disk."""
 
