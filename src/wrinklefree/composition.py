@@ -115,8 +115,10 @@ def _normalize(override: str, options: dict[str, list[str]]) -> str:
     if key not in options:
         return f"++{key}={value}"
     known = options[key]
+    if value in {"", "null"}:
+        raise ConfigError(f"{key}={value} chooses nothing; choose one of {', '.join(known)}, or leave {key} out")
     for choice in value.split(","):
-        if known and _PLAIN_CHOICE.match(choice) and choice != "null" and choice not in known:
+        if known and _PLAIN_CHOICE.match(choice) and choice not in known:
             close = difflib.get_close_matches(choice, known, n=1)
             meant = f"; did you mean {close[0]}?" if close else ""
             raise ConfigError(f"{key}: expected one of {', '.join(known)}, given {choice!r}{meant}")

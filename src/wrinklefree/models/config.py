@@ -20,10 +20,10 @@ class RopeScaling(Config):
     """Llama 3 rescaling of the rotary frequencies (the only kind that our models use)."""
 
     type: Literal["llama3"] = "llama3"
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    factor: float = Field(gt=0)
+    low_freq_factor: float = Field(gt=0)
+    high_freq_factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(ge=1)
 
 
 class Architecture(Config):
@@ -31,17 +31,17 @@ class Architecture(Config):
 
     family: Literal["llama", "qwen2", "qwen3"]
     """Selects the Hugging Face class and names on import and export; the forward pass reads the fields below only."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rope_theta: float = 10000.0
+    vocab_size: int = Field(ge=1)
+    hidden_size: int = Field(ge=1)
+    intermediate_size: int = Field(ge=1)
+    num_hidden_layers: int = Field(ge=1)
+    num_attention_heads: int = Field(ge=1)
+    num_key_value_heads: int = Field(ge=1)
+    head_dim: int = Field(ge=2, multiple_of=2)
+    max_position_embeddings: int = Field(ge=1)
+    rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = Field(default=1e-5, gt=0)
     hidden_act: Literal["silu", "relu2"] = "silu"
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -76,9 +76,9 @@ class BitNetSpec(Config):
     placement: Placement
     gain: Gain
     activation_bits: Literal[4, 8] | None = 8
-    quantization_lambda: float = 0.0
+    quantization_lambda: float = Field(default=0.0, ge=0, le=1)
     """0: full-precision function; 1: fully quantized. Never decreases along a chain of stages."""
-    subln_strength: float = 1.0
+    subln_strength: float = Field(default=1.0, ge=0, le=1)
     """0: SubLN is the identity; 1: true SubLN. Never decreases along a chain of stages."""
 
 

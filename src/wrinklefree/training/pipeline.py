@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.composition import compose_step
+from wrinklefree.data.config import FinetuneData
 from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.plan import StagePlan, base_input, combined_fingerprint, plan_stage, steps_for
@@ -43,6 +44,8 @@ WIRING: dict[str, tuple[str, str | None]] = {
 """Step -> (the step it starts from, the step that teaches it), in the order in which they run."""
 
 CONTROL_STEPS = ("bitnet_sft", "control_pretrain", "control")
+TASK_STEPS = ("teacher", "bitnet_sft", "stage3", "control")
+TEXT_STEPS = ("stage1_9", "stage2", "control_pretrain")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def plan_pipeline(config: RunConfig, overrides: Sequence[str], seed: int) -> Pip
     """Plan every step; each later step eats the planned artifact of an earlier one.
 
     Raises:
-        ConfigError: when `training.steps` lacks a step.
+        ConfigError: when `training.steps` lacks a step, or gives one the wrong kind of data.
     """
     training = config.training
     assert isinstance(training, PipelineConfig)
@@ -83,6 +86,7 @@ def plan_pipeline(config: RunConfig, overrides: Sequence[str], seed: int) -> Pip
         if name == "control_pretrain":
             command.append(f"training.total_tokens={tokens}")
         composed = compose_step(training.steps[name], command)
+        _check_data(name, composed.config)
         base = base or base_input(composed.config)
         plans[name] = plan_stage(
             composed.config,
@@ -94,6 +98,17 @@ def plan_pipeline(config: RunConfig, overrides: Sequence[str], seed: int) -> Pip
         if name in {"stage1_9", "stage2"}:
             tokens += _planned_tokens(composed.config)
     return PipelinePlan(seed, plans)
+
+
+def _check_data(name: str, config: RunConfig) -> None:
+    """Refuse text where the table needs a task's answers, and a task where stages read text."""
+    kind = "a task" if isinstance(config.data, FinetuneData) else "text"
+    needed = {**dict.fromkeys(TASK_STEPS, "a task"), **dict.fromkeys(TEXT_STEPS, "text")}.get(name, kind)
+    if kind != needed:
+        raise ConfigError(
+            f"training.steps.{name} needs {needed} (for example data={'downstream' if needed == 'a task' else 'packaged'}), "
+            f"and its data is {kind}"
+        )
 
 
 def _planned_tokens(config: RunConfig) -> int:

@@ -1,0 +1,19 @@
+import pytest
+
+from wrinklefree.composition import compose
+from wrinklefree.training.pipeline import plan_pipeline
+from wrinklefree.utils.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    ("step", "command", "message"),
+    [
+        ("stage3", "'training=stage3_distill','data=facts_and_text'", "training.steps.stage3 needs a task"),
+        ("stage2", "'training=stage2_pretrain','data=recall'", "training.steps.stage2 needs text"),
+    ],
+)
+def test_a_step_with_the_wrong_kind_of_data_is_refused_before_any_training(step, command, message) -> None:
+    overrides = ["model=tiny", "training=bitdistill", f"training.steps.{step}=[{command}]"]
+    config, _ = compose(overrides)
+    with pytest.raises(ConfigError, match=message):
+        plan_pipeline(config, overrides, seed=42)
