@@ -46,7 +46,10 @@ def test_overrides_become_what_hydra_always_takes() -> None:
             "training.optimizer.type: unknown key, given 'muon'; training (stage=bitdistill) has no optimizer; "
             "did you mean optimizer.type?",
         ),
-        ("model=null", "model=null chooses nothing; choose one of llama_3b"),
+        (
+            "distillation=null",
+            "distillation=null chooses nothing; choose one of classification, summarization, or leave distillation out",
+        ),
         ("lr=3", "lr: unknown key, given 3; the configuration has no lr; did you mean training.lr?"),
         (
             "gcs.enable=true",
