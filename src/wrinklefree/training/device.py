@@ -67,6 +67,12 @@ def training_flops(parameters: int, tokens: int, *, with_teacher: bool) -> float
     return (8.0 if with_teacher else 6.0) * parameters * tokens
 
 
+def estimated_seconds(compute: Compute, parameters: int, tokens: int, *, with_teacher: bool) -> float:
+    """Time of a training run at this device's measured matrix-multiplication rate and our usual share of it."""
+    flops = training_flops(parameters, tokens, with_teacher=with_teacher)
+    return flops / (measured_flops_per_second(compute) * MODEL_FLOP_UTILIZATION)
+
+
 def refuse_endless_cpu_run(seconds: float, *, allow_slow: bool, command_hint: str) -> None:
     """On a CPU, say once and loudly how long the run will take; above 24 hours refuse unless told.
 

@@ -121,7 +121,6 @@ def _planned_tokens(config: RunConfig) -> int:
 def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) -> None:
     """Run all steps of all seeds, evaluate every arm, write the report, and print the table."""
     assert isinstance(config.training, PipelineConfig)
-    started = time.perf_counter()
     plans = [plan_pipeline(config, overrides, config.seed + number) for number in range(config.seeds)]
     if config.dry_run:
         from wrinklefree.training.run import show_plan
@@ -147,6 +146,8 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
     from wrinklefree.training.report import Report, evaluate_arms, write_report
     from wrinklefree.training.run import StageResult, run_stage
 
+    _refuse_endless_cpu_job(config, plans)
+
     outcomes = []
     seconds: dict[str, float] = {}
     for plan in plans:
@@ -164,11 +165,35 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
         config=config,
         outcomes=outcomes,
         seconds=seconds,
-        total_seconds=time.perf_counter() - started,
+        total_seconds=sum(seconds.values()),
         paths={name: step.artifact for name, step in plans[-1].steps.items()} | {"final": final},
     )
     write_report(report, folder)
     point(pipeline_folder(config) / "report", folder)
+
+
+def _refuse_endless_cpu_job(config: RunConfig, plans: Sequence[PipelinePlan]) -> None:
+    """Refuse a job of days on a CPU before its first step; steps that count epochs of a task are left out."""
+    import torch
+
+    from wrinklefree.models.llama import CausalLM
+    from wrinklefree.training.device import choose_compute, estimated_seconds, refuse_endless_cpu_run
+
+    compute = choose_compute("auto")
+    if compute.device.type != "cpu":
+        return
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in CausalLM(config.model.architecture).parameters())
+    seconds = 0.0
+    for plan in plans:
+        for step in plan.steps.values():
+            training = step.config.training
+            counts_tokens = isinstance(training, StageConfig) and (training.total_tokens or training.max_steps)
+            if counts_tokens and not (step.artifact / MANIFEST).is_file():
+                tokens = _planned_tokens(step.config)
+                seconds += estimated_seconds(compute, parameters, tokens, with_teacher=step.teacher is not None)
+    if seconds > 24 * 3600:
+        refuse_endless_cpu_run(seconds, allow_slow=config.allow_slow, command_hint="the whole job")
 
 
 def combined_identity(identity: str, config: RunConfig) -> str:

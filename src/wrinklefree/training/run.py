@@ -40,12 +40,10 @@ from wrinklefree.training.config import (
     StageConfig,
 )
 from wrinklefree.training.device import (
-    MODEL_FLOP_UTILIZATION,
     Compute,
     choose_compute,
-    measured_flops_per_second,
+    estimated_seconds,
     refuse_endless_cpu_run,
-    training_flops,
 )
 from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.inputs import StageInput
@@ -71,6 +69,7 @@ class StageResult:
     plan: StagePlan
     skipped: bool
     seconds: float
+    """Working time, with the time before interruptions; that of a process that was killed outright is lost."""
     tokens: int
 
 
@@ -126,31 +125,36 @@ def run_stage(plan: StagePlan) -> StageResult:
             logger.info("%s: already complete (%s), skipped", plan.stage.title, plan.run_folder)
             point(plan.pointer, plan.artifact)
             tokens = int(read_artifact(plan.artifact).lineage["tokens"])
-            return StageResult(plan, skipped=True, seconds=time.perf_counter() - started, tokens=tokens)
+            return StageResult(plan, skipped=True, seconds=_seconds_so_far(run_), tokens=tokens)
         warn_if_dirty(plan, audit)
         logger.info("%s: reads %s", plan.stage.title, plan.source.describe())
         if plan.teacher is not None:
             logger.info("%s: teacher is %s", plan.stage.title, plan.teacher.describe())
         seed_everything(config.seed)
+        earlier = 0.0 if config.skip_recovery else _seconds_so_far(run_)
         run_.mark("running")
         try:
             tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
         except Interrupted as stopped:
-            run_.mark("interrupted", step=stopped.step)
+            run_.mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
             raise
         except (KeyboardInterrupt, SystemExit):
-            run_.mark("interrupted")
+            run_.mark("interrupted", seconds=earlier + time.perf_counter() - started)
             raise
         except BaseException as error:
             run_.mark("failed", error=f"{type(error).__name__}: {error}")
             raise
-        seconds = time.perf_counter() - started
+        seconds = earlier + time.perf_counter() - started
         run_.mark("completed", tokens=tokens, seconds=seconds)
         # Only now: a kill before the mark must still find them.
         run_.checkpoints.clear()
         point(plan.pointer, plan.artifact)
         logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
         return StageResult(plan, skipped=False, seconds=seconds, tokens=tokens)
+
+
+def _seconds_so_far(run_: Run) -> float:
+    return float(run_.metadata.get("seconds", 0.0))
 
 
 def warn_if_dirty(plan: StagePlan, audit: AuditLogger | None) -> None:
@@ -231,8 +235,8 @@ def _train(plan: StagePlan, run_: Run) -> int:
     total_steps = steps_for(training, stream.batches_per_epoch)
     if compute.device.type == "cpu":
         tokens = total_steps * training.gradient_accumulation_steps * training.batch_size * training.max_seq_length
-        flops = training_flops(sum(p.numel() for p in model.parameters()), tokens, with_teacher=teacher is not None)
-        seconds = flops / (measured_flops_per_second(compute) * MODEL_FLOP_UTILIZATION)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        seconds = estimated_seconds(compute, parameters, tokens, with_teacher=teacher is not None)
         refuse_endless_cpu_run(seconds, allow_slow=config.allow_slow, command_hint=plan.stage.title)
     resolved = resolve_optimizer(config.optimizer, plan.stage.name, compute.device.type)
     logger.info("optimizer: %s", resolved.reason)
