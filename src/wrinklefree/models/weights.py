@@ -45,8 +45,7 @@ def assemble(
     Raises:
         CheckpointError: tensors are missing, unexpected, doubled or misshapen: the count and the first names.
     """
-    with torch.device("meta"), _NoRandomWeights():
-        model = CausalLM(architecture, bitnet)
+    model = _empty_model(architecture, bitnet)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
     head: Tensor | None = None
@@ -79,6 +78,17 @@ def assemble(
         )
     model.load_state_dict(found, strict=True, assign=True)
     return model.to(device)
+
+
+def parameter_shapes(architecture: Architecture, bitnet: BitNetSpec | None) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every parameter of such a model, which is not built; a tied head is not listed."""
+    model = _empty_model(architecture, bitnet)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _empty_model(architecture: Architecture, bitnet: BitNetSpec | None) -> CausalLM:
+    with torch.device("meta"), _NoRandomWeights():
+        return CausalLM(architecture, bitnet)
 
 
 class _NoRandomWeights(TorchFunctionMode):

@@ -11,9 +11,10 @@ Not here: what belongs into a checkpoint (the trainer knows), and sharded states
 import hashlib
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,10 +51,12 @@ from wrinklefree.utils.training_state import (
 __all__ = [
     "Checkpoint",
     "CheckpointStore",
+    "TensorEntry",
     "commit_folder",
     "pack_optimizer_state",
     "restore_rng_state",
     "rng_state",
+    "stream_tensors",
     "unpack_optimizer_state",
     "verify_manifest",
     "write_manifest",
@@ -238,30 +241,68 @@ class CheckpointStore:
                 self._corrupt.discard(folder)
 
 
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor that is to be written: all of it but the values."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a safetensors file, tensor by tensor (never all in memory twice), and return the SHA-256 of its content.
 
+    Raises plain `OSError`.
+    """
+    entries = [TensorEntry(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return stream_tensors(path, entries, tensors.__getitem__)
+
+
+def stream_tensors(
+    path: Path,
+    entries: Iterable[TensorEntry],
+    load: Callable[[str], Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> str:
+    """Write a safetensors file whose values come from `load(name)`, one at a time; return the SHA-256 of its content.
+
     Written by hand because the library's writer copies every tensor first and reports a full disk as an error of its
     own; it is eight bytes of header length, a JSON header and the raw data. Raises plain `OSError`.
+
+    Raises:
+        ValueError: a loaded tensor is not what its entry says; a defect of the caller.
     """
     # Widest elements first: every tensor then starts at a multiple of its element size, as readers need.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
-    entries: dict[str, dict[str, Any]] = {}
+    ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
+    fields: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
-    for name, tensor in ordered:
-        end = offset + tensor.numel() * tensor.element_size()
-        entries[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
+    for entry in ordered:
+        end = offset + entry.size
+        fields[entry.name] = {
+            "dtype": _DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
             "data_offsets": [offset, end],
         }
         offset = end
-    header = json.dumps(entries).encode()
+    header = json.dumps(fields).encode()
     header += b" " * (-len(header) % 8)
     digest = hashlib.sha256()
     with durable_file(path) as descriptor:
-        for data in (len(header).to_bytes(8, "little"), header, *(tensor for _, tensor in ordered)):
-            raw = _raw(data) if isinstance(data, Tensor) else data
+        for raw in (len(header).to_bytes(8, "little"), header):
+            digest.update(raw)
+            write_all(descriptor, raw)
+        for entry in ordered:
+            tensor = load(entry.name)
+            if tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+                raise ValueError(f"{entry} was announced, {tensor.dtype} {tuple(tensor.shape)} came")
+            raw = _raw(tensor)
             digest.update(raw)
             write_all(descriptor, raw)
     return digest.hexdigest()
