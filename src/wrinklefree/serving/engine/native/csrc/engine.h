@@ -1,0 +1,83 @@
+/* The border between Python and C: what a model is, and the one call that runs it.
+ *
+ * Python lays weights out (pack.py) and keeps them alive; C reads them, owns the key-value cache and the work buffers.
+ * Widths are padded: rows of every matrix to 64, work rows to 64 values. Padding holds zeros and stays zero.
+ */
+#ifndef WRINKLEFREE_ENGINE_H
+#define WRINKLEFREE_ENGINE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define WF_API __attribute__((visibility("default")))
+#define WF_ABI 1 /* library.py refuses a library of another number */
+
+/* A ternary projection, y = scale * (codes @ q(norm(x))) + bias. */
+typedef struct {
+    const uint8_t *tiles; /* [rows / 64][columns / 4][64], see kernels.h */
+    const float *bias;    /* [rows] or NULL */
+    const float *norm;    /* gain [columns, padded to 64] of the SubLN in front, or NULL */
+    float scale;
+    int32_t rows;    /* padded to 64 */
+    int32_t columns; /* padded to 4 */
+} WfLinear;
+
+typedef struct {
+    const float *attention_norm, *mlp_norm; /* gains [hidden, padded to 64] */
+    const float *query_norm, *key_norm;     /* gains [head_dim], or NULL: no QK-norm */
+    WfLinear query, key, value, output, gate, up, down;
+} WfLayer;
+
+enum { WF_F32, WF_F16, WF_BF16, WF_INT8 };
+
+typedef struct {
+    int32_t vocabulary, hidden, inner, layers, heads, key_heads, head_dim;
+    int32_t squared_relu; /* else SiLU */
+    int32_t code_max;     /* largest activation code: 127, 7, or 0 for activations that are not quantized */
+    float eps;
+    int32_t context, slots, max_tokens; /* positions a slot, sequences, tokens a step */
+    int32_t cache_type;                 /* WF_F32 or WF_F16 */
+    int32_t embedding_type;             /* WF_F32, WF_F16 or WF_BF16 */
+    int32_t head_type;                  /* WF_F32, WF_F16 or WF_INT8 */
+    int32_t threads;
+    const char *isa; /* a name of wf_isa_name, or NULL for the best */
+    const void *embedding;         /* [vocabulary][hidden] */
+    const void *head;              /* rows as the embedding's, or u8 tiles [rows / 64][columns / 4][256] */
+    const float *head_scales;      /* [vocabulary padded to 64], WF_INT8 only */
+    const float *final_norm;       /* [hidden padded to 64] */
+    const float *cosines, *sines;  /* [context][head_dim / 2] */
+} WfConfig;
+
+typedef struct WfModel WfModel;
+
+WF_API int32_t wf_abi(void);
+/* Names of the instruction sets that this CPU can run, best first; NULL after the last. */
+WF_API const char *wf_isa_name(int32_t index);
+
+/* NULL where memory or threads cannot be had, or the config contradicts itself. `layers` is copied, what it points to is not. */
+WF_API WfModel *wf_create(const WfConfig *config, const WfLayer *layers);
+WF_API void wf_free(WfModel *model);
+
+/* Run tokens through the model: prefill and decode, of one sequence or of many.
+ *
+ * Token i is `ids[i]` at `positions[i]` of sequence `slots[i]`. In one call the tokens of a slot follow each other; the
+ * first may go back, which forgets what came after it. Logits of the tokens `wanted` are written to
+ * [wanted_count][vocabulary]. What a token gets does not depend, in any bit, on the tokens that it shares a call with.
+ * Returns 0, or the number (1 to 4) of what was wrong, with nothing changed: count, token, slot, position.
+ */
+WF_API int32_t wf_step(WfModel *model, int32_t count, const int32_t *ids, const int32_t *slots, const int32_t *positions,
+                       int32_t wanted_count, const int32_t *wanted, float *logits);
+/* Let `to` hold the first `length` positions of `from`. Returns 0, or 3 or 4 as wf_step. */
+WF_API int32_t wf_copy_prefix(WfModel *model, int32_t from, int32_t to, int32_t length);
+
+/* One projection alone, for PackedBitLinear and tests: x [tokens][in_features] to y [tokens][out_features]. 0, or 1. */
+WF_API int32_t wf_linear(const char *isa, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
+                         int32_t in_features, float *y, int32_t out_features, int32_t threads);
+/* The integer products behind it: codes [tokens][stride], tiles of one 64-row block, sums [tokens][64]. 0, or 1. */
+WF_API int32_t wf_products(const char *isa, int32_t bytes, const uint8_t *tiles, int32_t groups, const int8_t *codes,
+                           int32_t stride, int32_t tokens, int32_t *sums);
+/* Activation codes [tokens][stride] and scales as the engine computes them. 0, or 1. */
+WF_API int32_t wf_quantize(const char *isa, const float *x, int32_t tokens, int32_t width, int32_t stride,
+                           int32_t code_max, int8_t *codes, float *scales);
+
+#endif

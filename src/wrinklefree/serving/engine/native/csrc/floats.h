@@ -1,0 +1,206 @@
+/* Float loops, compiled once for every instruction set that includes this file.
+ *
+ * The includer defines SET(name), TARGET, LANES (floats a register), vec_fma, load_halves and half_of. Buffers are padded
+ * to 64 floats, so loops over widths need no tail; per-head loops, whose widths are not padded, have one.
+ */
+#include <math.h>
+#include <string.h>
+
+#include "kernels.h"
+
+typedef float SET(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t SET(ivec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+#define VEC SET(vec)
+#define IVEC SET(ivec)
+#define INLINE TARGET static inline __attribute__((always_inline))
+#define PARTS (16 / LANES)
+
+INLINE VEC SET(load)(const float *x) { return *(const VEC *)x; }
+INLINE void SET(save)(float *x, VEC value) { *(VEC *)x = value; }
+INLINE VEC SET(splat)(float x) { return x - (VEC){0}; }
+INLINE VEC SET(choose)(IVEC mask, VEC yes, VEC no) { return (VEC)((mask & (IVEC)yes) | (~mask & (IVEC)no)); }
+
+/* Sum of 16 partial sums, in one order for all instruction sets. */
+INLINE float SET(total)(const VEC *parts) {
+    float lanes[16];
+    for (int part = 0; part < PARTS; part++) SET(save)(lanes + part * LANES, parts[part]);
+    for (int step = 8; step; step /= 2)
+        for (int lane = 0; lane < step; lane++) lanes[lane] += lanes[lane + step];
+    return lanes[0];
+}
+
+/* e^x to two units in the last place for -87 <= x <= 88, beyond clamped (Cody-Waite reduction, Taylor to degree 6). */
+INLINE VEC SET(exponential)(VEC x) {
+    x = SET(choose)(x > 88.0f, SET(splat)(88.0f), x);
+    x = SET(choose)(x < -87.0f, SET(splat)(-87.0f), x);
+    const VEC magic = SET(splat)(12582912.0f); /* 1.5 * 2^23: adding it rounds to an integer */
+    VEC shifted = vec_fma(x, SET(splat)(1.44269504f), magic);
+    VEC n = shifted - magic;
+    VEC r = vec_fma(n, SET(splat)(-0.693145751953125f), x);
+    r = vec_fma(n, SET(splat)(-1.42860677e-6f), r);
+    VEC y = SET(splat)(1.0f / 720);
+    y = vec_fma(y, r, SET(splat)(1.0f / 120));
+    y = vec_fma(y, r, SET(splat)(1.0f / 24));
+    y = vec_fma(y, r, SET(splat)(1.0f / 6));
+    y = vec_fma(y, r, SET(splat)(0.5f));
+    y = vec_fma(y, r, SET(splat)(1.0f));
+    y = vec_fma(y, r, SET(splat)(1.0f));
+    return (VEC)((IVEC)y + (((IVEC)shifted - (IVEC)magic) << 23));
+}
+
+TARGET static void SET(rms_norm)(const float *x, const float *gain, size_t width, float eps, float *y) {
+    VEC squares[PARTS] = {{0}};
+    size_t i = 0;
+    for (; i + 16 <= width; i += 16)
+        for (int part = 0; part < PARTS; part++) {
+            VEC value = SET(load)(x + i + part * LANES);
+            squares[part] = vec_fma(value, value, squares[part]);
+        }
+    float sum = SET(total)(squares);
+    for (; i < width; i++) sum += x[i] * x[i];
+    float inverse = 1.0f / sqrtf(sum / (float)width + eps);
+    for (i = 0; i < width; i++) y[i] = x[i] * inverse * gain[i];
+}
+
+/* codes = round_half_even(x * max / g) with g = max(max |x|, 1e-5), as quantization/activation_quant.py rounds.
+ * Without quantization (code_max 0) 15-bit codes stand in: 16256 = 127 * 128 steps to the largest value. */
+TARGET static void SET(quantize)(const float *x, size_t width, int32_t code_max, size_t token, const WfCodes *codes) {
+    int8_t *row = codes->codes + token * codes->planes * codes->stride;
+    int32_t largest = 0, *sums = codes->sums + token * codes->planes;
+    for (size_t i = 0; i < width; i++) { /* without the sign, bits of floats order as integers do, NaN above all */
+        int32_t bits;
+        memcpy(&bits, x + i, 4);
+        bits &= 0x7fffffff;
+        largest = bits > largest ? bits : largest;
+    }
+    float range;
+    memcpy(&range, &largest, 4);
+    range = range < 1e-5f ? 1e-5f : range;
+    const float steps = code_max ? (float)code_max : 16256.0f;
+    codes->scales[token] = range / steps;
+    memset(row, 0, codes->planes * codes->stride);
+    for (size_t plane = 0; plane < codes->planes; plane++) sums[plane] = 0;
+    if (!isfinite(range)) return; /* the scale carries it on: 0 * inf and 0 * NaN are NaN */
+    for (size_t i = 0; i < width; i += LANES) {
+        float padded[LANES] = {0};
+        size_t count = width - i < LANES ? width - i : LANES;
+        memcpy(padded, x + i, count * sizeof(float));
+        VEC rounded = SET(load)(padded) * SET(splat)(steps) / SET(splat)(range) + SET(splat)(12582912.0f);
+        int32_t code[LANES];
+        *(IVEC *)code = (IVEC)rounded - (IVEC)SET(splat)(12582912.0f);
+        for (size_t lane = 0; lane < count; lane++) {
+            if (code_max) {
+                row[i + lane] = (int8_t)code[lane];
+                sums[0] += code[lane];
+            } else {
+                int32_t high = (code[lane] + 64) >> 7, low = code[lane] - high * 128;
+                row[i + lane] = (int8_t)high;
+                row[codes->stride + i + lane] = (int8_t)low;
+                sums[0] += high;
+                sums[1] += low;
+            }
+        }
+    }
+}
+
+TARGET static void SET(finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *to) {
+    for (size_t t = 0; t < tokens; t++) {
+        const int32_t *high = sums + t * codes->planes * WF_ROWS, *sum = codes->sums + (first + t) * codes->planes;
+        float y[WF_ROWS], *out = to->y + (first + t) * to->stride;
+        for (int row = 0; row < WF_ROWS; row++) y[row] = (float)(high[row] - to->offset * sum[0]);
+        if (codes->planes == 2)
+            for (int row = 0; row < WF_ROWS; row++)
+                y[row] = y[row] * 128.0f + (float)(high[WF_ROWS + row] - to->offset * sum[1]);
+        float scale = codes->scales[first + t];
+        if (to->row_scales)
+            for (int row = 0; row < WF_ROWS; row++) y[row] *= scale * to->row_scales[row];
+        else
+            for (int row = 0; row < WF_ROWS; row++) y[row] *= scale * to->scale;
+        if (to->bias)
+            for (int row = 0; row < WF_ROWS; row++) y[row] += to->bias[row];
+        if (to->rows < WF_ROWS)
+            for (size_t row = 0; row < to->rows; row++) out[row] = to->add ? out[row] + y[row] : y[row];
+        else if (to->add)
+            for (int row = 0; row < WF_ROWS; row++) out[row] += y[row];
+        else
+            memcpy(out, y, sizeof y);
+    }
+}
+
+/* Rotary positions of one head in Hugging Face's order: pair i is (x[i], x[half + i]). */
+TARGET static void SET(rotate)(float *x, const float *cosines, const float *sines, size_t half) {
+    for (size_t i = 0; i < half; i++) {
+        float first = x[i], second = x[half + i];
+        x[i] = first * cosines[i] - second * sines[i];
+        x[half + i] = second * cosines[i] + first * sines[i];
+    }
+}
+
+TARGET static void SET(gate)(const float *gate, const float *up, size_t width, int squared_relu, float *y) {
+    for (size_t i = 0; i < width; i += LANES) {
+        VEC g = SET(load)(gate + i), activated;
+        if (squared_relu) {
+            VEC positive = SET(choose)(g < 0.0f, SET(splat)(0.0f), g); /* NaN stays */
+            activated = positive * positive;
+        } else {
+            activated = g / (1.0f + SET(exponential)(-g));
+        }
+        SET(save)(y + i, activated * SET(load)(up + i));
+    }
+}
+
+/* Scores to probabilities, in place; returns 1 / their sum (the mixture is divided, not the probabilities). The `end - length`
+ * places after `length` become zero. `end` is a multiple of 16. */
+TARGET static float SET(softmax)(float *scores, size_t length, size_t end, float scale) {
+    size_t covered = wf_padded(length, 16);
+    for (size_t i = length; i < covered; i++) scores[i] = -INFINITY;
+    VEC largest = SET(splat)(-INFINITY);
+    for (size_t i = 0; i < covered; i += LANES) {
+        VEC value = SET(load)(scores + i);
+        largest = SET(choose)(largest > value, largest, value);
+    }
+    float lanes[LANES], maximum = -INFINITY;
+    SET(save)(lanes, largest);
+    for (int lane = 0; lane < LANES; lane++) maximum = lanes[lane] > maximum ? lanes[lane] : maximum;
+    VEC sums[PARTS] = {{0}};
+    for (size_t i = 0; i < covered; i += 16)
+        for (int part = 0; part < PARTS; part++) {
+            VEC value = SET(exponential)((SET(load)(scores + i + part * LANES) - SET(splat)(maximum)) * SET(splat)(scale));
+            SET(save)(scores + i + part * LANES, value);
+            sums[part] += value; /* the padding adds less than 1e-36 to a sum of at least 1: nothing */
+        }
+    memset(scores + length, 0, (end - length) * sizeof(float));
+    return 1.0f / SET(total)(sums);
+}
+
+#define KV_F16 0
+#define KV(name) SET(name##_f32)
+#define KV_TYPE float
+#define KV_LOAD(pointer) SET(load)(pointer)
+#define KV_STORE(value) (value)
+#include "attention.h"
+#undef KV
+#undef KV_TYPE
+#undef KV_LOAD
+#undef KV_STORE
+#define KV(name) SET(name##_f16)
+#define KV_TYPE uint16_t
+#define KV_LOAD(pointer) load_halves(pointer)
+#define KV_STORE(value) half_of((value) > 65504.0f ? 65504.0f : (value) < -65504.0f ? -65504.0f : (value)) /* never infinity; NaN stays */
+#include "attention.h"
+
+TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
+    for (size_t i = 0; i < width; i++) {
+        uint32_t bits = (uint32_t)((const uint16_t *)row)[i] << 16;
+        memcpy(y + i, &bits, 4);
+    }
+}
+
+#define KERNELS(symbol, label, ternary_function, bytes_function)                                                        \
+    const WfKernels symbol = {                                                                                          \
+        .name = label, .ternary = ternary_function, .bytes = bytes_function, .finish = SET(finish),                     \
+        .quantize = SET(quantize), .rms_norm = SET(rms_norm), .rotate = SET(rotate), .gate = SET(gate),                 \
+        .attend = {SET(attend_f32), SET(attend_f16)}, .store = {SET(store_f32), SET(store_f16)},                        \
+        .load_row = {SET(load_row_f32), SET(load_row_f16), SET(load_row_bf16)},                                         \
+        .dot_row = {SET(dot_row_f32), SET(dot_row_f16)},                                                                \
+    }

@@ -1,0 +1,78 @@
+/* The inner loops that differ between instruction sets, behind one table.
+ *
+ * Ternary weights lie in tiles of 64 rows x 4 columns, 64 bytes each; the tiles of one block of 64 rows follow each other
+ * along the columns, so a product reads memory once, in order. Byte 4 r + j of a tile (r < 16, j < 4) holds the codes
+ * (weight + 1) of column j for the rows r, 16 + r, 32 + r, 48 + r in bits 0-1, 2-3, 4-5, 6-7. A lane is a row: nothing
+ * is summed across lanes, four activations are broadcast at a time, and one 64-byte load feeds four dot instructions.
+ * Masks replace shifts: code * 4^p is still an unsigned byte, and the sums are shifted once at the end, exactly
+ * (2 * 64 * 127 * columns < 2^31, so columns <= WF_MAX_COLUMNS).
+ *
+ * 8-bit weights lie in tiles of 64 rows x 4 columns, 256 bytes each: byte 4 r + j is (weight + 128) of row r, column j.
+ *
+ * Integer products are the same for every instruction set. Float sums have a fixed order (16 partial sums, or along the
+ * sequence), so the sets with fused multiply-add agree bit for bit; plain C has none and differs in the last bits.
+ */
+#ifndef WRINKLEFREE_KERNELS_H
+#define WRINKLEFREE_KERNELS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define WF_ROWS 64         /* rows a block; also what widths are padded to */
+#define WF_KEY_BLOCK 32    /* positions a block of the key cache */
+#define WF_VALUE_PAD 16    /* a head's values are padded to this */
+#define WF_QUERY_ROWS 4    /* query rows that share one read of keys and values */
+#define WF_MAX_COLUMNS 131072
+
+/* Activation codes of some tokens. Two planes hold 15-bit codes, high * 128 + low, as two rows of int8. */
+typedef struct {
+    int8_t *codes;  /* [tokens][planes][stride] */
+    float *scales;  /* [tokens] */
+    int32_t *sums;  /* [tokens][planes], of the codes */
+    size_t stride;
+    size_t planes;
+} WfCodes;
+
+/* Where integer products go: y = (sum - offset * sum of codes) * scale of token * scale of row (+ bias) (+ y). */
+typedef struct {
+    const float *row_scales; /* or NULL: `scale` for all */
+    const float *bias;       /* or NULL */
+    float scale;
+    int32_t offset;
+    int32_t add;
+    size_t rows; /* valid rows of this block */
+    float *y;
+    size_t stride;
+} WfFinish;
+
+typedef struct {
+    const char *name;
+    /* sums[t][row] = sum over columns of stored code (0..2, or 0..255) * codes[t][column], t < tokens. */
+    void (*ternary)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
+    void (*bytes)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
+    void (*finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *finish);
+    void (*quantize)(const float *x, size_t width, int32_t code_max, size_t token, const WfCodes *codes);
+    void (*rms_norm)(const float *x, const float *gain, size_t width, float eps, float *y);
+    void (*rotate)(float *x, const float *cosines, const float *sines, size_t half);
+    void (*gate)(const float *gate, const float *up, size_t width, int squared_relu, float *y);
+    /* Attention of up to WF_QUERY_ROWS rows to one head's cache; row r sees lengths[r] positions, which do not decrease. */
+    void (*attend[2])(const void *keys, const void *values, size_t head_dim, const float *queries, size_t rows,
+                      const size_t *lengths, float *scores, size_t scores_stride, float *y);
+    void (*store[2])(void *keys, void *values, size_t head_dim, size_t position, const float *key, const float *value);
+    void (*load_row[3])(const void *row, size_t width, float *y);
+    void (*dot_row[2])(const void *row, size_t width, const float *x, size_t stride, size_t tokens, float *y, size_t y_stride);
+} WfKernels;
+
+extern const WfKernels wf_plain;
+#if defined(__x86_64__)
+extern const WfKernels wf_avx2, wf_avxvnni, wf_avx512, wf_amx;
+#elif defined(__aarch64__)
+extern const WfKernels wf_neon;
+#endif
+
+/* By name, or the best; NULL where this CPU lacks it. */
+const WfKernels *wf_kernels(const char *name);
+
+static inline size_t wf_padded(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+#endif
