@@ -70,9 +70,13 @@ WF_API int32_t wf_step(WfModel *model, int32_t count, const int32_t *ids, const 
 /* Let `to` hold the first `length` positions of `from`. Returns 0, or 3 or 4 as wf_step. */
 WF_API int32_t wf_copy_prefix(WfModel *model, int32_t from, int32_t to, int32_t length);
 
-/* One projection alone, for PackedBitLinear and tests: x [tokens][in_features] to y [tokens][out_features]. 0, or 1. */
-WF_API int32_t wf_linear(const char *isa, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
-                         int32_t in_features, float *y, int32_t out_features, int32_t threads);
+/* Threads and buffers for projections outside a model (PackedBitLinear); not for two callers at once. NULL as wf_create. */
+typedef struct WfRunner WfRunner;
+WF_API WfRunner *wf_runner_create(const char *isa, int32_t threads);
+WF_API void wf_runner_free(WfRunner *runner);
+/* y [tokens][out_features] of x [tokens][in_features]; 0, or 1 for sizes that do not fit or too little memory. */
+WF_API int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
+                         int32_t in_features, float *y, int32_t out_features);
 /* The integer products behind it: codes [tokens][stride], tiles of one 64-row block, sums [tokens][64]. 0, or 1. */
 WF_API int32_t wf_products(const char *isa, int32_t bytes, const uint8_t *tiles, int32_t groups, const int8_t *codes,
                            int32_t stride, int32_t tokens, int32_t *sums);

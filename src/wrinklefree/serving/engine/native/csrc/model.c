@@ -10,11 +10,10 @@
 #include "engine.h"
 #include "kernels.h"
 #include "pool.h"
+#include "product.h"
 
 enum {
-    BATCH = 128,           /* rows of codes a call of an integer kernel: their sums take 32 KB */
-    TILE = 8,              /* tokens of a sequence that attend as one item */
-    ITEM_BYTES = 16 << 10, /* weights of an item of a product: enough to be worth a claim */
+    TILE = 8, /* tokens of a sequence that attend as one item */
 };
 
 typedef struct {
@@ -23,7 +22,6 @@ typedef struct {
 
 typedef struct {
     float *scores, *queries, *mixture, *norms;
-    int32_t *sums;
 } Scratch; /* of one worker */
 
 struct WfModel {
@@ -40,6 +38,7 @@ struct WfModel {
     WfCodes codes[3], head_codes;
     Tile *tiles;
     Scratch *scratch;
+    int32_t *sums; /* [worker][WF_SUMS] */
     void *owned[64];
     size_t owned_count;
 };
@@ -97,69 +96,19 @@ static void prepare_token(void *argument, size_t token, size_t worker) {
 
 /* ---- product: codes times weights ---- */
 
-typedef struct {
-    const WfKernels *kernels;
-    const WfLinear *linear;
-    const WfCodes *codes;
-    float *y;
-    size_t stride, rows; /* of y; rows without padding, or all */
-    int add;
-    size_t blocks_per_item, items;
-} Product;
-
-typedef struct {
-    Product products[3];
-    size_t count, tokens;
-    int32_t *const *sums; /* by worker */
-    Scratch *scratch;
-} Products;
-
-static void product_item(void *argument, size_t item, size_t worker) {
-    const Products *job = argument;
-    const Product *p = job->products;
-    while (item >= p->items) item -= p++->items;
-    const WfLinear *linear = p->linear;
-    size_t groups = (size_t)linear->columns / 4, planes = p->codes->planes, per_call = BATCH / planes;
-    size_t first = item * p->blocks_per_item, last = first + p->blocks_per_item, blocks = (size_t)linear->rows / WF_ROWS;
-    int32_t *sums = job->scratch[worker].sums;
-    for (size_t block = first; block < (last < blocks ? last : blocks); block++) {
-        size_t row = block * WF_ROWS;
-        WfFinish finish = {.bias = linear->bias ? linear->bias + row : NULL, .scale = linear->scale, .offset = 1, .add = p->add,
-                           .rows = p->rows - row < WF_ROWS ? p->rows - row : WF_ROWS, .y = p->y + row, .stride = p->stride};
-        for (size_t t = 0; t < job->tokens; t += per_call) {
-            size_t tokens = job->tokens - t < per_call ? job->tokens - t : per_call;
-            const int8_t *codes = p->codes->codes + t * planes * p->codes->stride;
-            p->kernels->ternary(linear->tiles + block * groups * 64, groups, codes, p->codes->stride, tokens * planes, sums);
-            p->kernels->finish(sums, t, tokens, p->codes, &finish);
-        }
-    }
-}
-
-static Product product_of(const WfKernels *kernels, const WfLinear *linear, const WfCodes *codes, float *y, size_t stride, int add) {
-    size_t bytes = (size_t)linear->columns * 16, per_item = bytes < ITEM_BYTES ? ITEM_BYTES / bytes : 1;
-    size_t blocks = (size_t)linear->rows / WF_ROWS;
-    return (Product){.kernels = kernels, .linear = linear, .codes = codes, .y = y, .stride = stride, .rows = (size_t)linear->rows,
-                     .add = add, .blocks_per_item = per_item, .items = (blocks + per_item - 1) / per_item};
-}
-
-static void run_products(WfPool *pool, Products *job) {
-    size_t items = 0;
-    for (size_t i = 0; i < job->count; i++) items += job->products[i].items;
-    wf_pool_run(pool, items, product_item, job);
-}
-
 /* Prepare `tokens` rows of x and multiply them by up to three projections. */
 static void project(WfModel *model, size_t tokens, Prepare prepare, float *const *y, const size_t *strides, int add) {
     prepare.model = model;
     prepare.codes = model->codes;
     for (size_t i = 0; i < 3; i++) model->codes[i].stride = wf_padded(prepare.width, WF_ROWS);
     wf_pool_run(model->pool, tokens, prepare_token, &prepare);
-    Products job = {.count = prepare.count, .tokens = tokens, .scratch = model->scratch};
+    WfProducts job = {.kernels = model->kernels, .count = prepare.count, .tokens = tokens, .sums = model->sums};
     for (size_t i = 0; i < prepare.count; i++) {
         const WfLinear *linear = prepare.linears[i];
-        job.products[i] = product_of(model->kernels, linear, &model->codes[linear->norm ? i : 0], y[i], strides[i], add);
+        job.products[i] = (WfProduct){.linear = linear, .codes = &model->codes[linear->norm ? i : 0], .y = y[i],
+                                      .stride = strides[i], .rows = (size_t)linear->rows, .add = add};
     }
-    run_products(model->pool, &job);
+    wf_products_run(model->pool, &job);
 }
 
 /* ---- attention ---- */
@@ -281,13 +230,14 @@ static void head_item(void *argument, size_t block, size_t worker) {
         return;
     }
     const WfCodes *codes = &model->head_codes;
+    int32_t *sums = model->sums + worker * WF_SUMS;
     size_t groups = wf_padded(width, 4) / 4, planes = codes->planes;
     WfFinish finish = {.row_scales = c->head_scales + row, .offset = 128, .rows = rows, .y = job->logits + row, .stride = vocabulary};
-    for (size_t t = 0; t < job->count; t += BATCH / 2) {
-        size_t count = job->count - t < BATCH / 2 ? job->count - t : BATCH / 2;
+    for (size_t t = 0; t < job->count; t += WF_CALL_ROWS / 2) {
+        size_t count = job->count - t < WF_CALL_ROWS / 2 ? job->count - t : WF_CALL_ROWS / 2;
         model->kernels->bytes((const uint8_t *)c->head + block * groups * 256, groups, codes->codes + t * planes * codes->stride,
-                              codes->stride, count * planes, model->scratch[worker].sums);
-        model->kernels->finish(model->scratch[worker].sums, t, count, codes, &finish);
+                              codes->stride, count * planes, sums);
+        model->kernels->finish(sums, t, count, codes, &finish);
     }
 }
 
@@ -421,16 +371,16 @@ WfModel *wf_create(const WfConfig *config, const WfLayer *layers) {
     for (size_t i = 0; i < 3; i++) model->codes[i] = own_codes(model, tokens, planes, widest, &failed);
     model->head_codes = own_codes(model, tokens, 2, model->hidden, &failed);
     model->tiles = own(model, tokens * sizeof(Tile), &failed);
+    model->sums = own(model, (size_t)config->threads * WF_SUMS * sizeof(int32_t), &failed);
     model->pool = wf_pool_create((size_t)config->threads);
     model->scratch = own(model, (size_t)config->threads * sizeof(Scratch), &failed);
     const size_t scores = WF_QUERY_ROWS * context, small = WF_QUERY_ROWS * wf_padded(d, WF_VALUE_PAD);
     for (size_t i = 0; model->scratch && i < (size_t)config->threads; i++) {
-        size_t floats = scores + 2 * small + 2 * widest + BATCH * WF_ROWS;
+        size_t floats = scores + 2 * small + 2 * widest;
         /* All workers' scratch is one allocation: there are more workers than places in `owned`. */
         float *memory = i ? model->scratch[0].scores + i * floats : own(model, (size_t)config->threads * floats * sizeof(float), &failed);
         if (!memory) break;
-        model->scratch[i] = (Scratch){memory, memory + scores, memory + scores + small, memory + scores + 2 * small,
-                                      (int32_t *)(memory + scores + 2 * small + 2 * widest)};
+        model->scratch[i] = (Scratch){memory, memory + scores, memory + scores + small, memory + scores + 2 * small};
     }
     if (failed || !model->pool) {
         wf_free(model);

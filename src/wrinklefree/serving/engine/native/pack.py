@@ -1,0 +1,106 @@
+"""Weights in the order in which the C kernels read them (csrc/kernels.h draws the tiles).
+
+Everything is padded: rows to 64, columns to 4, with zero weights; float vectors to 64 with zeros. Packing is a few numpy
+passes a block of rows, at some hundred million weights a second.
+"""
+
+import mmap
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ROWS, COLUMNS = 64, 4
+BLOCKS_AT_ONCE = 16
+"""Blocks of rows that one pass handles: what it needs meanwhile stays small."""
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A ternary weight in tiles, with its scale."""
+
+    tiles: NDArray[np.uint8]
+    """[rows / 64, columns / 4, 64], padded."""
+    scale: float
+    rows: int
+    """Output features, without padding."""
+    columns: int
+    """Input features, without padding."""
+    bias: NDArray[np.float32] | None = None
+    """Padded to a multiple of 64."""
+
+
+def padded(size: int, multiple: int = ROWS) -> int:
+    """The next multiple."""
+    return -(-size // multiple) * multiple
+
+
+def huge_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Zeroed memory of its own, in huge pages where the system has them: 4 KB pages cost an eighth of the reading speed."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE") and nbytes >= 1 << 21:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, dtype=dtype, count=int(np.prod(shape))).reshape(shape)
+
+
+def padded_vector(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32 with zeros up to a multiple of 64."""
+    result = np.zeros(padded(len(values)), np.float32)
+    result[: len(values)] = values
+    return result
+
+
+def pack_ternary(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Codes -1, 0, 1 [rows, columns] as tiles [rows / 64, columns / 4, 64].
+
+    Byte 4 r + j of a tile holds column j of the rows r, 16 + r, 32 + r, 48 + r in its four pairs of bits, as code + 1.
+    """
+    rows, columns = codes.shape
+    groups = padded(columns, COLUMNS) // COLUMNS
+    tiles = huge_array((padded(rows) // ROWS, groups, ROWS), np.uint8)
+    for start in range(0, len(tiles), BLOCKS_AT_ONCE):
+        blocks = min(BLOCKS_AT_ONCE, len(tiles) - start)
+        stored = np.ones((blocks * ROWS, groups * COLUMNS), np.uint8)
+        part = codes[start * ROWS : (start + blocks) * ROWS]
+        np.add(part, 1, out=stored[: len(part), :columns], casting="unsafe")
+        planes = stored.reshape(blocks, 4, 16, groups, COLUMNS)
+        merged = planes[:, 0] | planes[:, 1] << 2 | planes[:, 2] << 4 | planes[:, 3] << 6
+        tiles[start : start + blocks] = merged.swapaxes(1, 2).reshape(blocks, groups, ROWS)
+    return tiles
+
+
+def unpack_ternary(tiles: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.int8]:
+    """The inverse of `pack_ternary`."""
+    blocks, groups, _ = tiles.shape
+    merged = tiles.reshape(blocks, groups, 16, COLUMNS).swapaxes(1, 2)
+    planes = np.stack([merged >> 2 * plane & 3 for plane in range(4)], axis=1)
+    return (planes.reshape(blocks * ROWS, groups * COLUMNS)[:rows, :columns].astype(np.int8) - 1).astype(np.int8)
+
+
+def pack_linear(codes: NDArray[np.int8], scale: float, bias: NDArray[np.float32] | None = None) -> PackedLinear:
+    """A projection [out_features, in_features] ready for C."""
+    rows, columns = codes.shape
+    return PackedLinear(pack_ternary(codes), scale, rows, columns, None if bias is None else padded_vector(bias))
+
+
+def pack_bytes(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """8-bit tiles [rows / 64, columns / 4, 256] of a weight [rows, columns], and one scale a row (padded).
+
+    weight = scale * q with q = round(weight / scale), scale = max |row| / 127; stored are q + 128.
+    """
+    rows, columns = weight.shape
+    groups = padded(columns, COLUMNS) // COLUMNS
+    tiles = huge_array((padded(rows) // ROWS, groups, ROWS * COLUMNS), np.uint8)
+    scales = np.zeros(padded(rows), np.float32)
+    for start in range(0, len(tiles), BLOCKS_AT_ONCE):
+        blocks = min(BLOCKS_AT_ONCE, len(tiles) - start)
+        part = np.asarray(weight[start * ROWS : (start + blocks) * ROWS], np.float32)
+        scale = np.maximum(np.abs(part).max(axis=1) / 127, np.finfo(np.float32).tiny)
+        scales[start * ROWS : start * ROWS + len(part)] = scale
+        stored = np.full((blocks * ROWS, groups * COLUMNS), 128, np.uint8)
+        stored[: len(part), :columns] = np.rint(part / scale[:, None]) + 128
+        ordered = stored.reshape(blocks, ROWS, groups, COLUMNS).swapaxes(1, 2)
+        tiles[start : start + blocks] = ordered.reshape(blocks, groups, ROWS * COLUMNS)
+    return tiles, scales
