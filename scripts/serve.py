@@ -1,4 +1,4 @@
-"""Serve a GGUF file."""
+"""Serve a GGUF file or a checkpoint folder over HTTP."""
 
 import sys
 

@@ -21,6 +21,7 @@ import uvicorn
 
 from wrinklefree.serving.api import Loaded, Service, ServiceSettings, create_application
 from wrinklefree.serving.engine.protocol import Engine
+from wrinklefree.serving.engine.support import EngineName
 from wrinklefree.serving.limits import LOOPBACK_NAMES, Guard, Limits, guarded_protocol
 from wrinklefree.serving.metrics import Metrics
 from wrinklefree.utils.errors import ConfigError, CredentialsError, NetworkError
@@ -28,8 +29,6 @@ from wrinklefree.utils.errors import ConfigError, CredentialsError, NetworkError
 CLOSE_SECONDS = 30.0
 """Longest wait for an engine that is closed."""
 KEY_VARIABLE = "WRINKLEFREE_API_KEY"
-
-EngineName = Literal["auto", "llama.cpp", "bitnet.cpp", "torch"]
 
 logger = logging.getLogger(__name__)
 
@@ -175,7 +174,7 @@ def serve(
     model: Path,
     settings: ServerSettings,
     *,
-    engine: EngineName = "auto",
+    engine: EngineName | Literal["auto"] = "auto",
     context_length: int | None = None,
     slots: int = 4,
     threads: int | None = None,
