@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "train": train_main,
         "convert": convert_main,
         "serve": serve_main,
+        "generate": generate_main,
         "benchmark": benchmark_main,
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
@@ -70,11 +71,16 @@ def convert_main(argv: Sequence[str] | None = None) -> int:
 
 def serve_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/serve.py`; returns the exit code."""
-    parser = _parser("serve.py", "Serve a GGUF file with BitNet.cpp.")
-    parser.add_argument("--model", required=True, metavar="FILE", help="a GGUF file")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--port", type=int, default=8080)
-    return _guarded(lambda: _not_available(parser, argv, "serving", "wrinklefree train ends with a sample of text"))
+    from wrinklefree.cli_serving import run_server
+
+    return _guarded(lambda: run_server(argv, set_up_logging))
+
+
+def generate_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/generate.py`; returns the exit code."""
+    from wrinklefree.cli_serving import run_generate
+
+    return _guarded(lambda: run_generate(argv, set_up_logging))
 
 
 def benchmark_main(argv: Sequence[str] | None = None) -> int:

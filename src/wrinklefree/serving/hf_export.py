@@ -7,6 +7,7 @@ a temporary name, every ternary matrix is read back and compared with the artifa
 import json
 import logging
 import shutil
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from wrinklefree.serving.hf_layouts import (
     is_linear,
 )
 from wrinklefree.serving.hf_tensors import unpack_codes
-from wrinklefree.serving.model_card import render_card
+from wrinklefree.serving.model_card import figures_from_report, render_card
 from wrinklefree.utils.checkpoint import stream_tensors
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.manifest import MANIFEST, commit_folder, read_manifest, verify_manifest, write_manifest
@@ -123,6 +124,23 @@ def export_hf(
         final, plan.class_name, format_size(total), format_size(linear), scale_change,
     )  # fmt: skip
     return export
+
+
+def export_from_options(options: Namespace) -> Export:
+    """Export as the command's parsed options say."""
+    types = {None: None, "bf16": torch.bfloat16, "f32": torch.float32}
+    figures = None
+    if options.report is not None:
+        figures = figures_from_report(Path(options.report), read_artifact(options.input).lineage)
+    return export_hf(
+        options.input,
+        options.output,
+        layout=options.format,
+        weights=options.weights,
+        rest=types[options.embedding_type],
+        linear_class=options.linear_class,
+        figures=figures,
+    )
 
 
 def refuse_unfinished(bitnet: BitNetSpec | None, *, source: str) -> None:

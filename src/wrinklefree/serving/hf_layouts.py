@@ -93,8 +93,8 @@ def choose_layout(
     """
     if bitnet is None and forms.weights == "packed":
         raise ConfigError("--weights packed stores ternary codes and this model is full precision; take bf16 or f32")
-    reasons = {name: misfit(name, architecture, bitnet, forms) for name in LAYOUTS}
-    fitting = [name for name in LAYOUTS if reasons[name] is None]
+    reasons: dict[LayoutName, str | None] = {name: misfit(name, architecture, bitnet, forms) for name in LAYOUTS}
+    fitting: list[LayoutName] = [name for name in LAYOUTS if reasons[name] is None]
     if wanted == "auto":
         if fitting:
             return fitting[0]
