@@ -4,7 +4,7 @@ import threading
 import pytest
 
 from wrinklefree.utils.errors import NetworkError, StorageError
-from wrinklefree.utils.lease import STALE_SECONDS, Lease
+from wrinklefree.utils.lease import LOST_SECONDS, STALE_SECONDS, Lease
 
 
 class Memory:
@@ -106,9 +106,9 @@ def test_losing_it_is_told_once_and_an_outage_is_survived() -> None:
     lease = Lease(storage, on_lost=on_lost, clock=clock, renew_seconds=0.01)
     storage.down = True
     assert not told.wait(0.1)
-    clock.now += STALE_SECONDS + 1
+    clock.now += LOST_SECONDS + 1
     assert told.wait(5)
-    assert reasons == ["the lease could not be renewed for 301 s, and another process may hold it"]
+    assert reasons == ["the lease could not be renewed for 241 s, and another process may hold it"]
     lease.release()
 
 

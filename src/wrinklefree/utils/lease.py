@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 
 RENEW_SECONDS = 60.0
 STALE_SECONDS = 300.0
+"""Silence after which another process may take the lease."""
+LOST_SECONDS = 240.0
+"""Silence after which the holder himself gives up."""
 
 
 class VersionedStorage(Protocol):
@@ -126,7 +129,7 @@ class Lease:
             except (StorageError, NetworkError) as error:
                 silent = self._clock() - self._renewed
                 logger.warning("the lease could not be renewed for %.0f s: %s", silent, error)
-                if silent > STALE_SECONDS:
+                if silent > LOST_SECONDS:
                     self._on_lost(f"the lease could not be renewed for {silent:.0f} s, and another process may hold it")
                     return
 

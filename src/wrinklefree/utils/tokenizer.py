@@ -20,13 +20,14 @@ from tokenizers.trainers import BpeTrainer
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.gguf import GGUFFile
 from wrinklefree.utils.hub import snapshot
+from wrinklefree.utils.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, pre_tokenizer_named
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 """Files that `from_folder` reads, where they exist."""
 
 _END_OF_TEXT = "<|endoftext|>"
 _BYTES = 256
-_CONTROL_TOKEN, _USER_TOKEN = 3, 4
+_CONTROL_TOKEN, _USER_TOKEN, _UNUSED_TOKEN = 3, 4, 5
 """Token types of a GGUF vocabulary."""
 
 
@@ -92,14 +93,17 @@ class TextTokenizer:
             CheckpointError: the vocabulary is of another kind (SentencePiece, WordPiece ...).
         """
         kind, flavour = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre")
-        if kind != "gpt2" or flavour != "smollm":
-            raise CheckpointError(f"{file.path} has the tokenizer {kind}/{flavour}; readable is gpt2/smollm")
+        row = pre_tokenizer_named(flavour)
+        if kind != "gpt2" or row is None:
+            known = ", ".join(f"gpt2/{row.name}" for row in PRE_TOKENIZERS)
+            raise CheckpointError(f"{file.path} has the tokenizer {kind}/{flavour}; readable are {known}")
         words = file.texts("tokenizer.ggml.tokens")
         types = file.integers("tokenizer.ggml.token_type")
         merges = [_merge(line) for line in file.texts("tokenizer.ggml.merges")]
         if len(words) != len(types) or len(set(words)) != len(words):
             raise CheckpointError(f"{file.path}: {len(words)} tokens, {len(set(words))} distinct, {len(types)} types")
-        tokenizer = _byte_level(BPE({word: index for index, word in enumerate(words)}, merges))
+        vocabulary = {word: index for index, word in enumerate(words) if types[index] != _UNUSED_TOKEN}
+        tokenizer = _with_steps(BPE(vocabulary, merges, ignore_merges=row.ignore_merges), row)
         added = {_CONTROL_TOKEN: True, _USER_TOKEN: False}
         tokenizer.add_tokens(  # pyright: ignore[reportUnknownMemberType] - a bare list in the library's stub
             [AddedToken(w, special=added[t], normalized=False) for w, t in zip(words, types, strict=True) if t in added]
@@ -234,6 +238,14 @@ def _byte_level(model: BPE) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _with_steps(model: BPE, row: PreTokenizer) -> Tokenizer:
+    """A byte-level tokenizer that normalises and cuts text as a row of the table says."""
+    bare = Tokenizer(model)
+    bare.decoder = decoders.ByteLevel()
+    record = json.loads(bare.to_str()) | {"pre_tokenizer": row.steps, "normalizer": row.normalizers[0]}
+    return Tokenizer.from_str(json.dumps(record))
 
 
 def _merge(line: str) -> tuple[str, str]:
