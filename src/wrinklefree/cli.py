@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[Sequence[str]], int]] = {
         "train": train_main,
         "convert": convert_main,
+        "export": export_main,
         "serve": serve_main,
         "generate": generate_main,
         "benchmark": benchmark_main,
@@ -67,6 +68,40 @@ def convert_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--input", required=True, metavar="FOLDER", help="a checkpoint folder")
     parser.add_argument("--output", required=True, metavar="FILE", help="the GGUF file to write")
     return _guarded(lambda: _not_available(parser, argv, "GGUF export", "the checkpoint itself is safetensors"))
+
+
+def export_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/export_hf.py`; returns the exit code."""
+    parser = _parser("export_hf.py", "Write a checkpoint as a folder that transformers loads.")
+    parser.add_argument("--input", required=True, metavar="FOLDER", help="a checkpoint folder")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write: new, or an earlier export")
+    parser.add_argument(
+        "--format", choices=("auto", "plain", "bitnet", "wrinklefree"), default="auto",
+        help="the family's own class; BitNetForCausalLM; ours, whose code travels along (auto: the first that fits)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--weights", choices=("bf16", "packed", "f32"), default="bf16",
+        help="linear layers: trainable masters in bf16 or f32, or 2-bit codes",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embedding-type", choices=("bf16", "f32"),
+        help="embeddings, head, norms and biases (default: f32 with --weights f32, else bf16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--linear-class", choices=("bitlinear", "autobitlinear"), default="bitlinear",
+        help="packed weights in a stock class stay 2-bit in memory (bitlinear), or are unpacked at loading",
+    )  # fmt: skip
+    parser.add_argument("--report", metavar="FILE", help="report.json of the job, for the card's measured figures")
+
+    def export() -> int:
+        options = parser.parse_args(argv)
+        set_up_logging()
+        from wrinklefree.serving.hf_export import export_from_options
+
+        export_from_options(options)
+        return 0
+
+    return _guarded(export)
 
 
 def serve_main(argv: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from wrinklefree.composition import groups
 COMMANDS = {
     "train": "train a stage, or all of them (scripts/train.py)",
     "convert": "write a GGUF file (scripts/convert_to_gguf.py)",
+    "export": "write a folder that transformers loads (scripts/export_hf.py)",
     "serve": "serve a model over HTTP, with a chat page (scripts/serve.py)",
     "generate": "continue a prompt, or chat in the terminal (scripts/generate.py)",
     "benchmark": "search for efficient settings (scripts/run_benchmark.py)",
