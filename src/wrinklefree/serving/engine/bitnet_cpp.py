@@ -269,6 +269,8 @@ class BitNetCppEngine:
             raise self._server.explain(f"broke off an answer ({type(error).__name__}: {error})") from error
         finally:
             request.on_cancel(None)
+        if request.cancelled:
+            return 0
         raise self._server.explain("ended an answer without its last message")
 
     def _deliver(self, request: Request, produced: list[int], token: Token) -> bool:
