@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "serve": serve_main,
         "generate": generate_main,
         "benchmark": benchmark_main,
+        "evaluate": evaluate_main,
+        "study": study_main,
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
         from wrinklefree.cli_help import command_help
@@ -74,7 +76,9 @@ def export_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/export_hf.py`; returns the exit code."""
     parser = _parser("export_hf.py", "Write a checkpoint as a folder that transformers loads.")
     parser.add_argument("--input", required=True, metavar="FOLDER", help="a checkpoint folder")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="the folder to write: new, or an earlier export")
+    parser.add_argument(
+        "--output", required=True, metavar="FOLDER", help="the folder to write: new, or an earlier export"
+    )
     parser.add_argument(
         "--format", choices=("auto", "plain", "bitnet", "wrinklefree"), default="auto",
         help="the family's own class; BitNetForCausalLM; ours, whose code travels along (auto: the first that fits)",
@@ -126,6 +130,49 @@ def benchmark_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example benchmark.num_trials=10")
     hint = "sweep by hand with scripts/train.py -m training.lr=1e-4,1e-3"
     return _guarded(lambda: _not_available(parser, argv, "the Ax search", hint))
+
+
+def evaluate_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/run_evaluation.py`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        from wrinklefree.cli_help import evaluate_help
+
+        _show(evaluate_help())
+        return 0
+
+    def evaluate() -> int:
+        from wrinklefree.training.evaluation_config import parse_evaluation
+
+        command, run_config = parse_evaluation(arguments)
+        set_up_logging()
+        from wrinklefree.training.evaluation_command import run_evaluation
+
+        _show(run_evaluation(command, run_config))
+        return 0
+
+    return _guarded(evaluate)
+
+
+def study_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/run_study.py`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        from wrinklefree.cli_help import study_help
+
+        _show(study_help())
+        return 0
+
+    def study() -> int:
+        from wrinklefree.training.study_config import parse_study
+
+        command, configuration = parse_study(["dry_run=true" if a == "--dry-run" else a for a in arguments])
+        set_up_logging()
+        from wrinklefree.training.study import run_study
+
+        return run_study(command, configuration)
+
+    return _guarded(study)
 
 
 def refuse_unavailable(configuration: object) -> None:

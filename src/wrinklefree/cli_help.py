@@ -9,6 +9,8 @@ COMMANDS = {
     "serve": "serve a model over HTTP, with a chat page (scripts/serve.py)",
     "generate": "continue a prompt, or chat in the terminal (scripts/generate.py)",
     "benchmark": "search for efficient settings (scripts/run_benchmark.py)",
+    "evaluate": "score a checkpoint, or compare two (scripts/run_evaluation.py)",
+    "study": "run, resume or report a study of many arms (scripts/run_study.py)",
 }
 
 STAGES = {
@@ -95,6 +97,61 @@ def train_help() -> str:
             *_table("common overrides", OVERRIDES),
             *_table("flags", HYDRA_FLAGS),
             *_table("exit codes", {str(code): meaning for code, meaning in EXIT_CODES.items()}),
+        ]
+    ).rstrip()
+
+
+EVALUATION_KEYS = {
+    "checkpoint=PATH": "an artifact, a stage's folder, a Hugging Face folder, a GGUF file, or base (the model= itself)",
+    "compare=PATH": "a second checkpoint: paired differences (the first minus the second)",
+    "tasks=[text,recall]": "text (bits per byte of data=, perplexity), task names, lm_eval:NAME",
+    "split=validation": "instead of test",
+    "max_tokens=50000": "held-out tokens of text",
+    "max_examples=500": "first examples of each task; null: all",
+    "max_seq_length=512": "tokens a row; null: 512, or the model's context if shorter",
+    "max_new_tokens=64": "length of generated responses",
+    "output=FILE": "where the JSON goes (evaluation.json in output_dir)",
+    "lm_eval_tasks=FOLDER": "local task files for lm_eval:NAME",
+    "model=NAME data=NAME": "as for train.py: the model of checkpoint=base, the text of bits per byte",
+}
+
+STUDY_KEYS = {
+    "study=NAME": "a file of configs/study",
+    "threads=1": "CPU threads of torch",
+    "arms=[NAME,...]": "run only these arms and what they are made of",
+    "dry_run=true, --dry-run": "list the cells with tokens and estimated time, run nothing",
+    "report=true": "run nothing, write the section and plots from the rows that are there",
+    "document=FILE": "with report: replace the study's section between its markers in FILE",
+    "output_dir=PATH": "where runs, rows and plots are written (outputs)",
+    "seeds=[0,1]": "override a key of the study's own",
+}
+
+
+def evaluate_help() -> str:
+    """Return the help of `scripts/run_evaluation.py`."""
+    return "\n".join(
+        [
+            "usage: run_evaluation.py checkpoint=PATH [KEY=VALUE ...]",
+            "",
+            "Scores a checkpoint at lambda = 1 and full SubLN strength, with 95% bootstrap intervals.",
+            "",
+            *_table("keys", EVALUATION_KEYS),
+        ]
+    ).rstrip()
+
+
+def study_help() -> str:
+    """Return the help of `scripts/run_study.py`."""
+    from wrinklefree.training.study_config import studies
+
+    return "\n".join(
+        [
+            "usage: run_study.py study=NAME [KEY=VALUE ...]",
+            "",
+            "Runs every arm of a study with every seed; the same command goes on after an interruption.",
+            "",
+            *_table("keys", STUDY_KEYS),
+            *_table("studies", dict.fromkeys(studies(), "")),
         ]
     ).rstrip()
 

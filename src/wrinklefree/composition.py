@@ -92,8 +92,12 @@ def config_directory() -> Path:
 
 def groups() -> dict[str, list[str]]:
     """Return the options of every group: `{"model": ["llama_3b", ...], ...}`."""
-    folders = sorted(folder for folder in config_directory().iterdir() if folder.is_dir())
-    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+    # A study is no group: it composes many runs.
+    folders = sorted(folder for folder in config_directory().iterdir() if folder.is_dir() and folder.name != "study")
+    return {
+        folder.name: sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
+        for folder in folders
+    }
 
 
 def normalize_overrides(overrides: Sequence[str]) -> list[str]:

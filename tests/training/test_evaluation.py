@@ -15,9 +15,8 @@ from wrinklefree.training.device import Compute
 from wrinklefree.training.evaluation import (
     choice_scores,
     fully_quantized,
-    gap_closure,
     macro_f1,
-    ratio_interval,
+    macro_f1_interval,
     score_language,
 )
 from wrinklefree.utils.errors import DataError
@@ -119,32 +118,15 @@ def test_macro_f1() -> None:
     assert macro_f1([0, 1, 1, 2], [0, 0, 1, 2]) == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
 
 
-def test_bootstrap_interval_of_a_constant_ratio_is_that_ratio() -> None:
-    interval = ratio_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
-    assert interval.low == interval.high == pytest.approx(2.0)
+def test_interval_of_macro_f1_holds_the_score_and_shrinks_with_examples() -> None:
+    labels, predictions = [0, 1] * 50, [0, 1, 0, 0] * 25
+    few = macro_f1_interval(labels, predictions)
+    many = macro_f1_interval(labels * 16, predictions * 16)
+    score = macro_f1(labels, predictions)
+    assert few.low < score < few.high
+    assert many.high - many.low == pytest.approx((few.high - few.low) / 4, rel=0.2)
 
 
-def test_bootstrap_interval_covers_about_two_standard_errors() -> None:
-    generator = torch.Generator().manual_seed(0)
-    values = torch.randn(400, generator=generator).tolist()
-    interval = ratio_interval(values, [1.0] * 400)
-    assert interval.high - interval.low == pytest.approx(4 / 400**0.5, rel=0.15)
-
-
-def test_gap_closure_is_the_share_of_the_gap() -> None:
-    weights = [1.0, 2.0, 1.0, 2.0]
-    control = [1.0, 2.0, 1.0, 2.0]
-    baseline = [2.0, 4.0, 2.0, 4.0]
-    student = [1.25, 2.5, 1.25, 2.5]
-    assert gap_closure(baseline, student, control, weights, smallest_gap=0.03).value == pytest.approx(0.75)
-
-
-def test_gap_closure_is_undefined_where_there_is_no_gap() -> None:
-    ones = [1.0] * 100
-    small = gap_closure([1.01] * 100, ones, ones, ones, smallest_gap=0.03)
-    assert small.value is None
-    assert "below 0.03" in small.reason
-    noise = [1.1 + (3 if i % 2 else -3) for i in range(100)]
-    noisy = gap_closure(noise, ones, ones, ones, smallest_gap=0.03)
-    assert noisy.value is None
-    assert "3 standard errors" in noisy.reason
+def test_macro_f1_interval_of_perfect_predictions_is_one() -> None:
+    interval = macro_f1_interval([0, 1, 2] * 10, [0, 1, 2] * 10)
+    assert interval.low == interval.high == 1.0

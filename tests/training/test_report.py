@@ -5,7 +5,8 @@ import torch
 
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
-from wrinklefree.training.evaluation import Interval, LanguageScore, TaskScore
+from wrinklefree.training.comparison import Interval
+from wrinklefree.training.evaluation import LanguageScore, TaskScore
 from wrinklefree.training.report import Arm, ModelSize, Outcome, model_size, render_closure, render_table, summarize
 
 ARCHITECTURE = Architecture(

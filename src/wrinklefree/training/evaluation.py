@@ -5,13 +5,12 @@ percentile bootstraps: over documents for bits per byte, over examples for task 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional
 
 from wrinklefree.data.finetune_dataset import encode_choices, encode_prompt
@@ -23,19 +22,12 @@ from wrinklefree.models.generate import generate
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import IGNORE, Batch
 from wrinklefree.models.subln import set_subln_strength, subln_strength_of
+from wrinklefree.training.comparison import BOOTSTRAP_SAMPLES, Interval, ratio_interval
 from wrinklefree.training.device import Compute
 from wrinklefree.utils.errors import DataError
 from wrinklefree.utils.tokenizer import TextTokenizer
 
-BOOTSTRAP_SAMPLES = 2000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A percentile bootstrap interval (95%)."""
-
-    low: float
-    high: float
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
@@ -50,6 +42,8 @@ class LanguageScore:
     document_bits: tuple[float, ...]
     """Bits of each document; kept for paired comparisons."""
     document_bytes: tuple[int, ...]
+    perplexity_interval: Interval | None = None
+    """Over documents; perplexity is per token, so it compares models with one tokenizer only."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +57,9 @@ class TaskScore:
     per_example: tuple[float, ...]
     """1 or 0 for classification, ROUGE-L for generation; kept for paired comparisons."""
     macro_f1: float | None = None
+    macro_f1_interval: Interval | None = None
+    rouge: Mapping[str, tuple[float, Interval]] | None = None
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures with their intervals; None for classification."""
 
 
 @contextmanager
@@ -82,16 +79,6 @@ def fully_quantized(model: CausalLM) -> Iterator[None]:
         model.train(was_training)
 
 
-def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *, seed: int = 0) -> Interval:
-    """95% bootstrap interval of sum(numerators) / sum(denominators), resampling pairs."""
-    generator = np.random.default_rng(seed)
-    top, bottom = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
-    picks = generator.integers(0, len(top), size=(BOOTSTRAP_SAMPLES, len(top)))
-    samples = top[picks].sum(axis=1) / bottom[picks].sum(axis=1)
-    low, high = np.percentile(samples, [2.5, 97.5])
-    return Interval(float(low), float(high))
-
-
 def score_language(model: CausalLM, held_out: HeldOut, compute: Compute) -> LanguageScore:
     """Bits per byte, perplexity and their interval on held-out documents.
 
@@ -101,29 +88,37 @@ def score_language(model: CausalLM, held_out: HeldOut, compute: Compute) -> Lang
     if not held_out.document_bytes:
         raise DataError("the held-out set is empty; raise data.held_out_percent or add text")
     nats = torch.zeros(len(held_out.document_bytes), dtype=torch.float64)
-    tokens = 0
+    counts = torch.zeros(len(held_out.document_bytes), dtype=torch.float64)
     with fully_quantized(model):
         for batch, documents in zip(held_out.batches, held_out.document_index, strict=True):
             moved = batch.to(compute.device)
             with compute.autocast():
                 losses = target_nll(model(moved), moved.labels)
             targets = batch.labels != IGNORE
-            nats.index_add_(0, documents[targets].long(), losses.double().cpu()[targets])
-            tokens += batch.num_targets
+            owners = documents[targets].long()
+            nats.index_add_(0, owners, losses.double().cpu()[targets])
+            counts.index_add_(0, owners, torch.ones(len(owners), dtype=torch.float64))
     bits = (nats / math.log(2)).tolist()
+    tokens = int(counts.sum())
     mean_nats = float(nats.sum()) / tokens
+    nats_interval = ratio_interval(nats.tolist(), counts.tolist())
     return LanguageScore(
         bits_per_byte=sum(bits) / sum(held_out.document_bytes),
         interval=ratio_interval(bits, held_out.document_bytes),
         nats_per_token=mean_nats,
-        perplexity=math.exp(min(mean_nats, 700.0)),
+        perplexity=_perplexity(mean_nats),
+        perplexity_interval=Interval(_perplexity(nats_interval.low), _perplexity(nats_interval.high)),
         tokens=tokens,
         document_bits=tuple(bits),
         document_bytes=tuple(held_out.document_bytes),
     )
 
 
-def _padded_batch(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Batch, torch.Tensor]:
+def _perplexity(nats_per_token: float) -> float:
+    return math.exp(min(nats_per_token, 700.0))  # beyond that a float ends
+
+
+def padded_batch(rows: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Batch, torch.Tensor]:
     """Right-padded rows; labels are each row's own next tokens. Also the row lengths."""
     lengths = torch.tensor([len(row) for row in rows])
     width = int(lengths.max())
@@ -159,7 +154,7 @@ def choice_scores(
     with fully_quantized(model):
         for start in range(0, len(order), rows_per_batch):
             picked = order[start : start + rows_per_batch]
-            batch, lengths = _padded_batch([rows[row] for row in picked], pad_token_id)
+            batch, lengths = padded_batch([rows[row] for row in picked], pad_token_id)
             with compute.autocast():
                 output = model(batch.to(compute.device))
             for place, row in enumerate(picked):
@@ -188,6 +183,20 @@ def macro_f1(labels: Sequence[int], predictions: Sequence[int]) -> float:
         actual = sum(1 for a in labels if a == label)
         values.append(2 * hits / (predicted + actual))
     return sum(values) / len(values)
+
+
+def macro_f1_interval(labels: Sequence[int], predictions: Sequence[int], *, seed: int = 0) -> Interval:
+    """95% bootstrap interval of macro-F1 over examples, over the classes of the whole set."""
+    truth, guess = np.asarray(labels), np.asarray(predictions)
+    classes = np.unique(truth)
+    # [examples, classes]: right, and the two halves of F1's denominator.
+    right = ((truth[:, None] == classes) & (guess[:, None] == classes)).astype(np.float64)
+    either = (truth[:, None] == classes).astype(np.float64) + (guess[:, None] == classes)
+    times = np.random.default_rng(seed).multinomial(len(truth), np.full(len(truth), 1 / len(truth)), BOOTSTRAP_SAMPLES)
+    hits, total = times @ right, times @ either
+    values = (2 * hits / np.maximum(total, 1)).sum(axis=1) / np.maximum((total > 0).sum(axis=1), 1)
+    low, high = np.percentile(values, [2.5, 97.5])
+    return Interval(float(low), float(high))
 
 
 def score_classification(
@@ -220,6 +229,7 @@ def score_classification(
         interval=ratio_interval(hits, [1.0] * len(hits)),
         per_example=hits,
         macro_f1=macro_f1(labels, predictions),
+        macro_f1_interval=macro_f1_interval(labels, predictions),
     )
 
 
@@ -227,7 +237,7 @@ def score_generation(
     model: CausalLM, tokenizer: TextTokenizer, task: Task, examples: Sequence[Example], *,
     max_seq_length: int, max_new_tokens: int = 64, compute: Compute, rows_per_batch: int = 16,
 ) -> TaskScore:  # fmt: skip
-    """ROUGE-L F-measure of greedy responses against the references."""
+    """ROUGE-1, ROUGE-2 and ROUGE-L F-measures of greedy responses against the references; ROUGE-L is the headline."""
     from rouge_score.rouge_scorer import RougeScorer  # heavy (nltk): only generation tasks pay for it
 
     prompts = [encode_prompt(task, example, tokenizer, max_seq_length - max_new_tokens) for example in examples]
@@ -238,17 +248,21 @@ def score_generation(
                 model, prompts[start : start + rows_per_batch],
                 max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id,
             )  # fmt: skip
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    values = tuple(
-        float(scorer.score(example.response, tokenizer.decode(response))["rougeL"].fmeasure)
+    scorer = RougeScorer(list(ROUGE), use_stemmer=True)
+    found = [
+        scorer.score(example.response, tokenizer.decode(response))
         for example, response in zip(examples, responses, strict=True)
-    )
+    ]
+    values = {name: tuple(float(scores[name].fmeasure) for scores in found) for name in ROUGE}
+    ones = [1.0] * len(found)
+    rouge = {name: (sum(each) / len(each), ratio_interval(each, ones)) for name, each in values.items()}
     return TaskScore(
         task=task.name,
         metric=task.metric,
-        value=sum(values) / len(values),
-        interval=ratio_interval(values, [1.0] * len(values)),
-        per_example=values,
+        value=rouge["rougeL"][0],
+        interval=rouge["rougeL"][1],
+        per_example=values["rougeL"],
+        rouge=rouge,
     )
 
 
@@ -270,35 +284,3 @@ def score_task(
         raise DataError(f"task {task.name} has no examples in this split")
     score: Callable[..., TaskScore] = score_classification if task.kind == "classification" else score_generation
     return score(model, tokenizer, task, examples, max_seq_length=max_seq_length, compute=compute)
-
-
-Values = Sequence[float] | NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class GapClosure:
-    """How much of the gap between a baseline and its control a student closes."""
-
-    value: float | None
-    """1: as good as the control; None: undefined, see `reason`."""
-    reason: str
-
-
-def gap_closure(
-    baseline: Values, student: Values, control: Values, weights: Values, *, smallest_gap: float
-) -> GapClosure:  # fmt: skip
-    """(baseline - student) / (baseline - control) for means of paired per-item values, weighted by `weights`.
-
-    Lower is better: pass errors, not accuracies. Undefined when the gap is below `smallest_gap` or 3 standard errors of
-    the paired difference, where any ratio would be noise.
-    """
-    base, mine, best, weight = (np.asarray(x, dtype=np.float64) for x in (baseline, student, control, weights))
-    total = weight.sum()
-    gap = float((base - best).sum() / total)
-    residual = (base - best) - gap * weight
-    error = float(np.sqrt((residual**2).sum() * len(weight) / max(len(weight) - 1, 1)) / total)
-    if gap < smallest_gap:
-        return GapClosure(None, f"undefined: the gap is {gap:.4f}, below {smallest_gap:g}")
-    if gap < 3 * error:
-        return GapClosure(None, f"undefined: the gap is {gap:.4f}, below 3 standard errors ({3 * error:.4f})")
-    return GapClosure(float((base - mine).sum() / total) / gap, f"gap {gap:.4f}, standard error {error:.4f}")

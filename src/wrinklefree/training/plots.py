@@ -48,6 +48,17 @@ class Bar:
     high: float | None = None
 
 
+@dataclass(frozen=True)
+class Points:
+    """Measured points of one series, with the ends of their intervals."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
 def draw_curves(path: Path, panels: Sequence[Panel], *, title: str, x_label: str = "step") -> None:
     """Write the panels as one PNG, replacing an older one atomically."""
     from matplotlib.figure import Figure
@@ -87,6 +98,25 @@ def draw_bars(path: Path, bars: Sequence[Bar], *, y_label: str, title: str) -> N
             below, above = max(bar.value - bar.low, 0.0), max(bar.high - bar.value, 0.0)
             axes.errorbar(position, bar.value, yerr=[[below], [above]], color="black", capsize=4)
     axes.set_xticks(positions, [bar.name for bar in bars])
+    _save(figure, path)
+
+
+def draw_points(path: Path, series: Sequence[Points], *, x_label: str, y_label: str, title: str) -> None:
+    """Write the series as one PNG: lines through the points, an error bar at each, a logarithmic x axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(alpha=0.3)
+    for line in series:
+        below = [max(y - low, 0.0) for y, low in zip(line.y, line.low, strict=True)]
+        above = [max(high - y, 0.0) for y, high in zip(line.y, line.high, strict=True)]
+        axes.errorbar(line.x, line.y, yerr=[below, above], label=line.name, marker="o", capsize=3, linewidth=1.2)
+    axes.legend(fontsize="small")
     _save(figure, path)
 
 

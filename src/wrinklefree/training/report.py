@@ -19,18 +19,17 @@ from wrinklefree.models.bitlinear import BitLinear
 from wrinklefree.models.convert import to_bitnet
 from wrinklefree.models.generate import generate
 from wrinklefree.models.llama import CausalLM
-from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
-from wrinklefree.training.device import choose_compute
-from wrinklefree.training.evaluation import (
+from wrinklefree.training.comparison import (
+    SMALLEST_GAP_ACCURACY,
+    SMALLEST_GAP_BITS,
     GapClosure,
     Interval,
-    LanguageScore,
-    TaskScore,
-    fully_quantized,
     gap_closure,
-    score_language,
-    score_task,
+    over_seeds,
 )
+from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
+from wrinklefree.training.device import choose_compute
+from wrinklefree.training.evaluation import LanguageScore, TaskScore, fully_quantized, score_language, score_task
 from wrinklefree.training.plan import StagePlan
 from wrinklefree.training.plots import Bar, draw_bars
 from wrinklefree.utils.storage import atomic_write
@@ -38,11 +37,7 @@ from wrinklefree.utils.tokenizer import TextTokenizer
 
 logger = logging.getLogger(__name__)
 
-SMALLEST_GAP_BITS = 0.03
-SMALLEST_GAP_ACCURACY = 0.05
 SAMPLE_TOKENS = 40
-STUDENT_T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-"""97.5% quantiles of Student's t for 1, 2, ... degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -196,16 +191,6 @@ class Row:
     size: ModelSize
 
 
-def _over_seeds(values: Sequence[float], intervals: Sequence[Interval]) -> tuple[float, Interval]:
-    """Mean and 95% interval: the bootstrap's for one seed, Student's t over several (what seeds differ by)."""
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return mean, intervals[0]
-    error = float(np.std(values, ddof=1)) / len(values) ** 0.5
-    half = STUDENT_T_95[min(len(values) - 2, len(STUDENT_T_95) - 1)] * error
-    return mean, Interval(mean - half, mean + half)
-
-
 def summarize(outcomes: Sequence[Outcome]) -> list[Row]:
     """One row an arm; gap closure against BitNet-SFT and the control, where both were trained."""
     by_name = {arm.name: [o.arms[index] for o in outcomes] for index, arm in enumerate(outcomes[0].arms)}
@@ -229,8 +214,8 @@ def summarize(outcomes: Sequence[Outcome]) -> list[Row]:
             )
             if not all(outcome.distils_on_text for outcome in outcomes):
                 on_bits = GapClosure(None, "undefined: stage 3 does not train on this text")
-        value, interval = _over_seeds([a.language.bits_per_byte for a in arms], [a.language.interval for a in arms])
-        score, score_interval = _over_seeds([a.task.value for a in arms], [a.task.interval for a in arms])
+        value, interval = over_seeds([a.language.bits_per_byte for a in arms], [a.language.interval for a in arms])
+        score, score_interval = over_seeds([a.task.value for a in arms], [a.task.interval for a in arms])
         rows.append(
             Row(
                 name,
