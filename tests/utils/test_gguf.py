@@ -76,11 +76,12 @@ def test_bfloat16_is_the_upper_half_of_float32(tmp_path: Path) -> None:
 
 
 def test_tensor_types_without_a_decoder_say_which_have_one(tmp_path: Path) -> None:
-    raw = np.zeros((1, 66), dtype=np.uint8)
-    file = read_gguf(write(tmp_path / "t.gguf", {"w": (raw, gguf.GGMLQuantizationType.TQ2_0)}))
+    raw = np.zeros((1, 136), dtype=np.uint8)
+    file = read_gguf(write(tmp_path / "t.gguf", {"w": (raw, gguf.GGMLQuantizationType.IQ4_XS)}))
     assert file.tensors["w"].shape == (1, 256)
-    assert len(file.raw("w")) == 66
-    with pytest.raises(CheckpointError, match="w has type TQ2_0; readable are F32, F16, Q4_0, Q4_1, Q8_0, Q6_K, BF16"):
+    assert len(file.raw("w")) == 136
+    readable = "F32, F16, Q4_0, Q4_1, Q8_0, Q6_K, BF16, TQ1_0, TQ2_0, I2_S, Q2_0"
+    with pytest.raises(CheckpointError, match=f"w has type IQ4_XS; readable are {readable}"):
         file.tensor("w")
 
 

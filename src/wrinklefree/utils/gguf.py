@@ -4,51 +4,54 @@ A file is mapped, not read; a tensor is decoded when it is asked for. Every leng
 it is compared with the bytes that are left before anything is allocated, so a damaged or forged file costs an error and
 never gigabytes. Layout: magic, version, counts, key-value pairs, tensor table, padding, tensor data (GGUF versions 2, 3).
 
-Block formats (a block is 32 weights along a row; 256 for Q6_K), with d and m the block's fp16 scale and minimum:
-Q4_0 w = d (q - 8); Q4_1 w = d q + m; Q8_0 w = d q; Q6_K w = d s (q - 32) with an int8 scale s for 16 weights.
+The types of tensors, and how each stores its numbers, are in `gguf_blocks`.
 """
 
 import mmap
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from itertools import pairwise
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from wrinklefree.utils.errors import CheckpointError
+from wrinklefree.utils.gguf_blocks import (
+    FORMATS_BY_ID,
+    FORMATS_BY_NAME,
+    I2_S_LAYOUTS,
+    BlockError,
+    BlockFormat,
+    Float32Array,
+    Int8Array,
+    decode_tensor,
+    decode_ternary,
+)
 
-Float32Array = NDArray[np.float32]
-Bytes2D = NDArray[np.uint8]
 Value = TypeVar("Value")
 MetadataValue = bool | int | float | str | list["MetadataValue"]
+
+I2_S_LAYOUT_KEY = "wrinklefree.i2_s_layout"
+"""Metadata key that says which byte order the I2_S tensors have: `x86` or `arm`."""
 
 _MAGIC = b"GGUF"
 _MAX_DIMENSIONS = 4
 _MAX_ARRAY_DEPTH = 3
 _MAX_ALIGNMENT = 1 << 16
-_MAX_ARRAY_ITEMS = 1 << 24
+_MAX_ITEMS = 1 << 23
+"""Metadata values in all arrays of a file together: the largest vocabularies, with merges and scores, take two million."""
+_MAX_STRING = 1 << 26
+_MAX_KEY = (1 << 16) - 1
+_MAX_NAME = 256
+"""Bytes; llama.cpp allows 63, and names stand in messages."""
+_MAX_TENSORS = 1 << 17
+_MAX_PAIRS = 1 << 16
 _STRING, _ARRAY = 8, 9
 _SCALARS: dict[int, str] = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class BlockFormat:
-    """How a tensor type stores weights."""
-
-    name: str
-    weights: int
-    """Weights a block."""
-    bytes: int
-    """Bytes a block."""
-    decode: Callable[[Bytes2D], Float32Array] | None
-    """[blocks, bytes] -> [blocks, weights]; None: known size, not decoded here."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,26 @@ class GGUFFile:
         Raises:
             CheckpointError: there is no such tensor, or its type is not one that is decoded here.
         """
-        info = self._info(name)
-        block = _FORMATS_BY_NAME[info.type]
-        if block.decode is None:
-            decodable = ", ".join(entry.name for entry in _FORMATS.values() if entry.decode is not None)
-            raise CheckpointError(f"{self.path}: tensor {name} has type {info.type}; readable are {decodable}")
-        blocks = self.raw(name).reshape(-1, block.bytes)
-        return block.decode(blocks).reshape(info.shape)
+        info, block = self._decodable(name)
+        try:
+            return decode_tensor(block, self.raw(name), info.shape, self._layout(block))
+        except BlockError as error:
+            raise CheckpointError(f"{self.path}: tensor {name} of type {info.type} cannot be read: {error}") from error
+
+    def ternary(self, name: str) -> tuple[Int8Array, np.float32]:
+        """Codes -1, 0, 1 (int8, in the tensor's shape) and the one scale, exactly as stored.
+
+        Raises:
+            CheckpointError: as for `tensor`; or blocks differ in scale, a value is not ternary, or the scale is
+                negative or not finite.
+        """
+        info, block = self._decodable(name)
+        try:
+            return decode_ternary(block, self.raw(name), info.shape, self._layout(block))
+        except BlockError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name} of type {info.type} is not ternary with one scale: {error}"
+            ) from error
 
     def text(self, key: str) -> str:
         """A string of the metadata."""
@@ -129,6 +145,26 @@ class GGUFFile:
             raise CheckpointError(f"{self.path}: metadata {key} is {type(value).__name__}, expected {kind.__name__}")
         return value
 
+    def _decodable(self, name: str) -> tuple[TensorInfo, BlockFormat]:
+        info = self._info(name)
+        block = FORMATS_BY_NAME[info.type]
+        if not block.decodable:
+            readable = ", ".join(entry.name for entry in FORMATS_BY_NAME.values() if entry.decodable)
+            raise CheckpointError(f"{self.path}: tensor {name} has type {info.type}; readable are {readable}")
+        return info, block
+
+    def _layout(self, block: BlockFormat) -> str | None:
+        if block.name != "I2_S":
+            return None
+        layout = self.metadata.get(I2_S_LAYOUT_KEY)
+        if not isinstance(layout, str) or layout not in I2_S_LAYOUTS:
+            raise CheckpointError(
+                f"{self.path} stores I2_S weights, whose byte order depends on the CPU they were written for, and its "
+                f"metadata key {I2_S_LAYOUT_KEY} is {str(layout)[:40]!r}, not one of {', '.join(I2_S_LAYOUTS)}; convert the "
+                "checkpoint again with this library, or to another type"
+            )
+        return layout
+
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
             raise CheckpointError(f"{self.path} has no tensor {name} (it has {len(self.tensors)} others)")
@@ -155,26 +191,30 @@ def read_gguf(path: str | Path) -> GGUFFile:
         raise CheckpointError(
             f"{path} is GGUF version {version}; readable are 2 and 3 (a big-endian file looks like this too)"
         )
-    tensor_count, pair_count = cursor.count(minimum_bytes=24), cursor.count(minimum_bytes=13)
+    tensor_count = cursor.count(minimum_bytes=24, most=_MAX_TENSORS)
+    pair_count = cursor.count(minimum_bytes=13, most=_MAX_PAIRS)
     metadata: dict[str, MetadataValue] = {}
     for _ in range(pair_count):
-        key = cursor.string()
+        key = cursor.string(most=_MAX_KEY)
         if key in metadata:
-            raise cursor.error(f"metadata key {key!r} occurs twice")
+            raise cursor.error(f"metadata key {key[:80]!r} occurs twice")
         metadata[key] = cursor.value(cursor.scalar("I"), depth=0)
     table = [_tensor_row(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or not 0 < alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
-        raise cursor.error(f"general.alignment is {alignment!r}, expected a power of two")
+        raise cursor.error(f"general.alignment is {str(alignment)[:40]}, expected a power of two")
     start = -(-cursor.position // alignment) * alignment
     tensors: dict[str, TensorInfo] = {}
     for name, shape, block, offset in table:
-        nbytes = prod(shape) // block.weights * block.bytes
+        nbytes = block.nbytes(shape)
         if name in tensors:
             raise cursor.error(f"tensor {name!r} occurs twice")
         if offset % alignment or start + offset + nbytes > len(data):
             raise cursor.error(f"tensor {name!r} ({nbytes} bytes at {start + offset}) does not fit into the file")
         tensors[name] = TensorInfo(name, shape, block.name, start + offset, nbytes)
+    for before, after in pairwise(sorted(tensors.values(), key=lambda info: info.offset)):
+        if before.offset + before.nbytes > after.offset:
+            raise cursor.error(f"tensors {before.name!r} and {after.name!r} overlap")
     return GGUFFile(path, data, metadata, tensors)
 
 
@@ -185,6 +225,7 @@ class _Cursor:
         self.path = path
         self.data = data
         self.position = 0
+        self.items = 0
 
     def error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is damaged: {problem}; fetch or write it again")
@@ -198,16 +239,18 @@ class _Cursor:
     def scalar(self, code: str) -> int:
         return self._unpack(code)
 
-    def count(self, *, minimum_bytes: int) -> int:
+    def count(self, *, minimum_bytes: int, most: int) -> int:
         """A 64-bit count of things that take at least `minimum_bytes` each in the rest of the file."""
         count = self._unpack("Q")
         if count * minimum_bytes > len(self.data) - self.position:
             raise self.error(f"{count} entries announced at {self.position - 8}, more than the file can hold")
+        if count > most:
+            raise self.error(f"{count} entries announced at {self.position - 8}, more than the {most} that are read")
         return count
 
-    def string(self) -> str:
+    def string(self, *, most: int = _MAX_STRING) -> str:
         try:
-            return self.take(self.count(minimum_bytes=1)).decode("utf-8")
+            return self.take(self.count(minimum_bytes=1, most=most)).decode("utf-8")
         except UnicodeDecodeError as error:
             raise self.error(f"a string before {self.position} is not UTF-8") from error
 
@@ -219,13 +262,11 @@ class _Cursor:
         if kind != _ARRAY or depth >= _MAX_ARRAY_DEPTH:
             raise self.error(f"metadata type {kind} at nesting {depth}")
         item = self.scalar("I")
+        size = struct.calcsize(f"<{_SCALARS[item]}") if item in _SCALARS else 8
+        count = self.count(minimum_bytes=size, most=_MAX_ITEMS - self.items)
+        self.items += count
         if item in _SCALARS:
-            size = struct.calcsize(f"<{_SCALARS[item]}")
-            count = self.count(minimum_bytes=size)
-            if count > _MAX_ARRAY_ITEMS:
-                raise self.error(f"a metadata array of {count} items")
             return list(struct.unpack(f"<{count}{_SCALARS[item]}", self.take(count * size)))
-        count = self.count(minimum_bytes=8)
         return [self.value(item, depth=depth + 1) for _ in range(count)]
 
     def _unpack(self, code: str) -> Any:
@@ -233,80 +274,15 @@ class _Cursor:
 
 
 def _tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], BlockFormat, int]:
-    name = cursor.string()
+    name = cursor.string(most=_MAX_NAME)
     dimensions = cursor.scalar("I")
     if not 0 < dimensions <= _MAX_DIMENSIONS:
         raise cursor.error(f"tensor {name!r} has {dimensions} dimensions")
     shape = tuple(reversed([cursor.scalar("Q") for _ in range(dimensions)]))
     kind = cursor.scalar("I")
-    if kind not in _FORMATS:
+    if kind not in FORMATS_BY_ID:
         raise cursor.error(f"tensor {name!r} has the unknown type {kind}")
-    block = _FORMATS[kind]
+    block = FORMATS_BY_ID[kind]
     if shape[-1] % block.weights or 0 in shape:
         raise cursor.error(f"tensor {name!r} of type {block.name} has the shape {shape}")
     return name, shape, block, cursor.scalar("Q")
-
-
-def _half(blocks: Bytes2D, at: int) -> Float32Array:
-    """The fp16 number that starts at byte `at` of every block, as a [blocks, 1] column."""
-    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").astype(np.float32)
-
-
-def _nibbles(packed: Bytes2D) -> Float32Array:
-    """Low halves of all bytes, then high halves."""
-    return np.concatenate([packed & 0x0F, packed >> 4], axis=1).astype(np.float32)
-
-
-def _decode_f32(blocks: Bytes2D) -> Float32Array:
-    return blocks.view("<f4").astype(np.float32, copy=True)
-
-
-def _decode_f16(blocks: Bytes2D) -> Float32Array:
-    return blocks.view("<f2").astype(np.float32)
-
-
-def _decode_bf16(blocks: Bytes2D) -> Float32Array:
-    return (blocks.view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
-def _decode_q4_0(blocks: Bytes2D) -> Float32Array:
-    return _half(blocks, 0) * (_nibbles(blocks[:, 2:]) - 8)
-
-
-def _decode_q4_1(blocks: Bytes2D) -> Float32Array:
-    return _half(blocks, 0) * _nibbles(blocks[:, 4:]) + _half(blocks, 2)
-
-
-def _decode_q8_0(blocks: Bytes2D) -> Float32Array:
-    return _half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
-
-
-def _decode_q6_k(blocks: Bytes2D) -> Float32Array:
-    """128 + 64 + 16 + 2 bytes: four low bits, two high bits, sixteen scales, d; in two halves of 128 weights."""
-    low = blocks[:, :128].reshape(-1, 2, 2, 32)
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    quarters = [low[:, :, 0] & 0x0F, low[:, :, 1] & 0x0F, low[:, :, 0] >> 4, low[:, :, 1] >> 4]
-    codes = np.stack([quarter | ((high[:, :, 0] >> (2 * i) & 3) << 4) for i, quarter in enumerate(quarters)], axis=2)
-    centred = codes.reshape(-1, 16, 16).astype(np.float32) - 32
-    scales = blocks[:, 192:208].view(np.int8).astype(np.float32)[:, :, None]
-    return (_half(blocks, 208)[:, :, None] * scales * centred).reshape(-1, 256)
-
-
-_FORMATS: dict[int, BlockFormat] = {
-    0: BlockFormat("F32", 1, 4, _decode_f32),
-    1: BlockFormat("F16", 1, 2, _decode_f16),
-    2: BlockFormat("Q4_0", 32, 18, _decode_q4_0),
-    3: BlockFormat("Q4_1", 32, 20, _decode_q4_1),
-    6: BlockFormat("Q5_0", 32, 22, None),
-    7: BlockFormat("Q5_1", 32, 24, None),
-    8: BlockFormat("Q8_0", 32, 34, _decode_q8_0),
-    10: BlockFormat("Q2_K", 256, 84, None),
-    11: BlockFormat("Q3_K", 256, 110, None),
-    12: BlockFormat("Q4_K", 256, 144, None),
-    13: BlockFormat("Q5_K", 256, 176, None),
-    14: BlockFormat("Q6_K", 256, 210, _decode_q6_k),
-    30: BlockFormat("BF16", 1, 2, _decode_bf16),
-    34: BlockFormat("TQ1_0", 256, 54, None),
-    35: BlockFormat("TQ2_0", 256, 66, None),
-}
-_FORMATS_BY_NAME = MappingProxyType({block.name: block for block in _FORMATS.values()})
