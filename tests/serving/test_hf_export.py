@@ -21,7 +21,7 @@ from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.weights import assemble
 from wrinklefree.quantization.weight_quant import ternarize
 from wrinklefree.serving.hf_export import Export, export_hf, refuse_unfinished
-from wrinklefree.serving.hf_layouts import Forms, LayoutName, LinearClass, Weights, choose_layout
+from wrinklefree.serving.hf_layouts import LayoutName, LinearClass, Weights
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.manifest import verify_manifest
 from wrinklefree.utils.tokenizer import SpecialTokens, TextTokenizer, train_tokenizer
@@ -319,37 +319,6 @@ def test_a_model_in_a_warm_up_is_refused(tmp_path: Path, spec: BitNetSpec, messa
 def test_full_precision_has_no_warm_up() -> None:
     refuse_unfinished(None, source="x")
     refuse_unfinished(OUTPUT, source="x")
-
-
-@pytest.mark.parametrize(
-    ("wanted", "architecture", "spec", "forms", "message"),
-    [
-        ("bitnet", QWEN3, OUTPUT, ("bf16", "bitlinear"), "no norms on q and k; take --format wrinklefree"),
-        ("bitnet", LLAMA, INSIDE, ("bf16", "bitlinear"), "placement per_projection; take --format plain"),
-        ("bitnet", LLAMA, None, ("bf16", "bitlinear"), "full precision and this class holds ternary ones"),
-        ("plain", LLAMA, OUTPUT, ("bf16", "bitlinear"), "LlamaForCausalLM has no norm before o_proj and down_proj"),
-        ("bitnet", BIASES, OUTPUT, ("bf16", "bitlinear"), "no biases in the feed-forward network"),
-        ("auto", LLAMA, None, ("packed", "bitlinear"), "--weights packed stores ternary codes"),
-        ("bitnet", QWEN2, OUTPUT, ("packed", "autobitlinear"), "multiplies a bias by the weight's scale"),
-        (
-            "bitnet", LLAMA.model_copy(update={"intermediate_size": 46}), OUTPUT, ("packed", "bitlinear"),
-            "packs 4 rows into one, and model.layers.0.mlp.gate_proj.weight has 46",
-        ),
-        (
-            "bitnet", LLAMA.model_copy(update={"head_dim": 16}), OUTPUT, ("bf16", "bitlinear"),
-            "4 x 16 is not 32",
-        ),
-        (
-            "auto", LLAMA.model_copy(update={"qk_norm": True}), None, ("bf16", "bitlinear"),
-            "LlamaForCausalLM cannot express",
-        ),
-    ],
-)  # fmt: skip
-def test_what_a_class_cannot_hold_is_refused(
-    wanted: Any, architecture: Architecture, spec: BitNetSpec | None, forms: tuple[Any, Any], message: str
-) -> None:
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
-        choose_layout(wanted, architecture, spec, Forms(forms[0], torch.float32, forms[1]))
 
 
 def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:

@@ -120,9 +120,11 @@ def export_hf(
     linear = sum(stored.entry.size for stored in plan.tensors if _is_linear_part(stored))
     export = Export(final, plan, total, linear, scale_change)
     logger.info(
-        "%s: %s, %s of weights (%s in linear layers); codes of all ternary matrices read back equal, scales within %.1e",
-        final, plan.class_name, format_size(total), format_size(linear), scale_change,
+        "%s: %s, %s of weights (%s in linear layers)",
+        final, plan.class_name, format_size(total), format_size(linear),
     )  # fmt: skip
+    if artifact.bitnet is not None:
+        logger.info("all ternary codes read back equal; largest relative change of a scale: %.1e", scale_change)
     return export
 
 
