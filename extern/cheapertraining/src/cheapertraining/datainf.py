@@ -186,7 +186,9 @@ class DataInfCalculator:
         by_probe = {probe: dict(zip(names, row, strict=True)) for probe, row in zip(probes, table, strict=True)}
         weights = [probe.weight for probe in probes.values()]
         combined = {
-            name: [math.fsum(w * x for w, x in zip(weights, parts, strict=True)) for parts in zip(*columns, strict=True)]
+            name: [
+                math.fsum(w * x for w, x in zip(weights, parts, strict=True)) for parts in zip(*columns, strict=True)
+            ]
             for name, columns in ((name, [by_probe[probe][name] for probe in probes]) for name in names)
         }
         return SourceScores(combined, by_probe, rows, self.projector.cache_bytes(len(stacked) + len(v)))

@@ -45,7 +45,8 @@ class MixtureWeightCalculator:
         gamma_val: Share of the newest scores in the running averages, in (0, 1]. 1 forgets every earlier update.
         temperature: Divides the evidence. Towards infinity the target is the prior, towards 0 the best source takes all.
         learning_rate: Share of the way from the weights to the target that one update goes, in (0, 1].
-        threshold: Standard errors by which a source must differ before that counts.
+        threshold: Standard errors by which a source must differ before that counts. At 2, chance moved a weight of four
+            identical sources by up to 0.25 in 6000 updates (0.010 on average), at 3 by up to 0.11 (0.0005).
         evidence_limit: Largest evidence of a source; no two sources' target ratios differ from their prior ratio by
             more than exp(2 * evidence_limit / temperature).
         min_weight: Lower bound of every weight.
@@ -62,7 +63,7 @@ class MixtureWeightCalculator:
         gamma_val: float = 0.1,
         temperature: float = 1.0,
         learning_rate: float = 0.2,
-        threshold: float = 2.0,
+        threshold: float = 3.0,
         evidence_limit: float = 2.0,
         min_weight: float = 0.0,
         max_weight: float = 1.0,

@@ -57,8 +57,8 @@ def layer_benefits(gram: Tensor, alignment: Tensor, *, score: Score, lambda_val:
     n = len(gram)
     squares = gram.diagonal()
     damping = lambda_val * squares.mean()
-    if not damping > 0:
-        return torch.zeros_like(alignment)  # the layer has no gradient at all
+    if damping == 0:  # the layer has no gradient at all; not-a-number must go on, so that the caller sees it
+        return torch.zeros_like(alignment)
     if score == "datainf":
         corrected = alignment - (alignment / (damping + squares)) @ gram / n
     else:
