@@ -1,33 +1,62 @@
-"""Weights and dimensions out of a GGUF file: llama.cpp's names and layouts to ours."""
+"""Models out of GGUF files: other people's full-precision ones, and every file that our converter writes.
 
-import re
-from collections.abc import Iterator, Mapping
+A file of ours says in `wrinklefree.config` what the model was before names, row orders and padding were adapted to the
+runtime, so it loads as exactly that model: the same `Architecture`, the same `BitNetSpec` at lambda 1, unpadded.
+
+Ternary weights come back as a full-precision weight whose ternarization is the stored codes and scale: zeros stay zero
+and all others get one magnitude, chosen so that the mean over all weights is the scale. Nothing downstream has to know
+that a model came from a file.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
-from wrinklefree.models.config import Architecture
-from wrinklefree.models.weights import EMBEDDING, HEAD
+from wrinklefree.models import gguf_names as names
+from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.gguf_names import separate_rotary_pairs
+from wrinklefree.models.llama import CausalLM
+from wrinklefree.models.padding import Padding
+from wrinklefree.models.weights import EMBEDDING, HEAD, assemble
+from wrinklefree.quantization.weight_quant import ternarize
 from wrinklefree.utils.errors import CheckpointError
-from wrinklefree.utils.gguf import GGUFFile
+from wrinklefree.utils.gguf import GGUFFile, read_gguf
+from wrinklefree.utils.tokenizer import TextTokenizer
 
-_OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_BLOCK_NAME = re.compile(r"blk\.(\d+)\.(\w+)")
+CONFIG_KEY = "wrinklefree.config"
+"""JSON: `architecture` and `bitnet` as in an artifact's config.json."""
+
+FOLDED_KEY = "wrinklefree.ffn_norm_folded"
+"""True where ffn_norm is 1 and its gain stands in ffn_gate_norm_in and ffn_up_norm_in."""
+
+PACKED_TYPES = frozenset({"TQ1_0", "TQ2_0", "Q2_0", "Q4_0", "I2_S"})
+"""Types that keep codes and a scale; the others keep their product."""
+
 _FAMILIES = ("llama", "qwen2", "qwen3")
+_PRE_FFN_NORM = "post_attention_layernorm"
+
+
+def load_gguf_model(path: str | Path) -> tuple[CausalLM, TextTokenizer]:
+    """The model of a GGUF file, in float32 on the CPU, and its tokenizer.
+
+    Raises:
+        CheckpointError: the file is damaged, or holds a model of a family that we do not have.
+    """
+    file = read_gguf(path)
+    if CONFIG_KEY not in file.metadata:
+        architecture = architecture_from_gguf(file)
+        model = assemble(architecture, None, tensors_from_gguf(file, architecture), source=str(path))
+    else:
+        architecture, bitnet = config_from_gguf(file)
+        tensors = _exported_tensors(file, architecture, bitnet)
+        model = assemble(architecture, bitnet, tensors, source=str(path))
+    return model, TextTokenizer.from_gguf(file)
 
 
 def architecture_from_gguf(file: GGUFFile) -> Architecture:
@@ -43,10 +72,10 @@ def architecture_from_gguf(file: GGUFFile) -> Architecture:
     if hidden_size <= 0 or heads <= 0 or file.integer(f"{family}.attention.head_count_kv") <= 0:
         raise CheckpointError(f"{file.path} announces {heads} heads and {hidden_size} hidden dimensions; it is damaged")
     head_dim_key = f"{family}.attention.key_length"
-    if EMBEDDING not in (tensors := _named_tensors(file)).values():
+    ours = {names.our_name(name, names.INNER) for name in file.tensors}
+    if EMBEDDING not in ours:
         raise CheckpointError(f"{file.path} has no token_embd.weight; it is not a complete language model")
     bias = "model.layers.0.self_attn.{}_proj.bias"
-    ours = set(tensors.values())
     return Architecture(
         family=family,  # pyright: ignore[reportArgumentType] - checked above
         vocab_size=file.tensors["token_embd.weight"].shape[0],
@@ -68,39 +97,114 @@ def architecture_from_gguf(file: GGUFFile) -> Architecture:
 
 
 def tensors_from_gguf(file: GGUFFile, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """Our names and float32 tensors, one at a time.
-
-    llama.cpp stores q and k of the llama family with the rotary pairs of each head side by side; ours, as Hugging
-    Face's, keeps the first members of all pairs before the second ones.
-    """
-    heads = {"q_proj": architecture.num_attention_heads, "k_proj": architecture.num_key_value_heads}
-    for stored, name in _named_tensors(file).items():
+    """Our names and float32 tensors of a full-precision file, one at a time; unknown names are kept as they are."""
+    heads, key_value_heads = architecture.num_attention_heads, architecture.num_key_value_heads
+    for stored in file.tensors:
+        name = names.our_name(stored, names.INNER)
         values = file.tensor(stored)
-        projection = name.rpartition(".")[0].rpartition(".")[2]
-        fits = projection in heads and values.shape[0] == heads[projection] * architecture.head_dim
-        if architecture.family == "llama" and fits:
-            values = separate_rotary_pairs(values, heads[projection])
+        rotary = names.rotary_heads(name, heads, key_value_heads) if architecture.family == "llama" else None
+        if rotary is not None and values.shape[0] == rotary * architecture.head_dim:
+            values = separate_rotary_pairs(values, rotary)
         yield name, torch.from_numpy(values)
 
 
-def separate_rotary_pairs(values: np.ndarray, heads: int) -> np.ndarray:
-    """Rows (h, pair, member) -> (h, member, pair), for a weight [heads * d, in] or a bias [heads * d]."""
-    rest = values.shape[1:]
-    pairs = values.reshape(heads, -1, 2, *rest)
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(values.shape)
+def config_from_gguf(file: GGUFFile) -> tuple[Architecture, BitNetSpec | None]:
+    """What the model of a file of ours was, unpadded.
+
+    Raises:
+        CheckpointError: `wrinklefree.config` is damaged or was written by another version.
+    """
+    try:
+        config: dict[str, Any] = json.loads(file.text(CONFIG_KEY))
+        bitnet = None if config["bitnet"] is None else BitNetSpec.model_validate(config["bitnet"])
+        return Architecture.model_validate(config["architecture"]), bitnet
+    except (ValueError, ValidationError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{file.path} was written by another version ({reason}); convert it again") from error
 
 
-def _named_tensors(file: GGUFFile) -> Mapping[str, str]:
-    """Stored name -> our name; what has no counterpart keeps its name and is refused as unexpected later."""
-    return {name: _our_name(name) for name in file.tensors}
+def padding_of(file: GGUFFile, architecture: Architecture) -> Padding:
+    """How a file of ours was padded."""
+    name = file.text("general.architecture")
+    return Padding(
+        architecture,
+        hidden_size=file.integer(f"{name}.embedding_length"),
+        intermediate_size=file.integer(f"{name}.feed_forward_length"),
+        num_attention_heads=file.integer(f"{name}.attention.head_count"),
+        num_key_value_heads=file.integer(f"{name}.attention.head_count_kv"),
+    )
 
 
-def _our_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    block = _BLOCK_NAME.fullmatch(stem)
-    if block is not None and block[2] in _INNER:
-        return f"model.layers.{int(block[1])}.{_INNER[block[2]]}.{kind}"
-    return f"{_OUTER[stem]}.{kind}" if stem in _OUTER else name
+def codes_and_scale(file: GGUFFile, stored: str) -> tuple[np.ndarray, float]:
+    """Ternary codes int8 [rows, columns] and the scale of a tensor, packed or written out as codes times scale.
+
+    Raises:
+        CheckpointError: its values are not one magnitude, its negative, and zero.
+    """
+    if file.tensors[stored].type in PACKED_TYPES:
+        codes, scale = file.ternary(stored)
+        return codes, float(scale)
+    values = file.tensor(stored)
+    scale = float(np.abs(values).max())
+    codes = np.sign(values).astype(np.int8)
+    if not np.array_equal(values, codes * np.float32(scale)):
+        raise CheckpointError(f"{file.path}: tensor {stored} is not ternary, though the file says so; convert it again")
+    return codes, scale
+
+
+def latent_weight(codes: Tensor, scale: float) -> Tensor:
+    """A float32 weight that `ternarize` turns into these codes and this scale (to the last bit or the one before it).
+
+    With n weights of which m are not zero, these get the magnitude scale * n / m, whose mean over all is the scale. The
+    mean is a rounded float32 sum, so the magnitude is corrected by what `ternarize` finds.
+    """
+    nonzero = int(codes.count_nonzero())
+    values = codes.to(torch.float32)
+    if nonzero == 0:
+        return values.zero_()
+    magnitude = scale * codes.numel() / nonzero
+    found = float(ternarize(values * magnitude).scale)
+    return values.mul_(magnitude * scale / found)
+
+
+def _exported_tensors(
+    file: GGUFFile, architecture: Architecture, bitnet: BitNetSpec | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Our names and unpadded tensors of a file of ours; what it does not explain keeps its name and is refused later."""
+    stored_architecture = file.text("general.architecture")
+    padding = padding_of(file, architecture)
+    placement = "none" if bitnet is None else bitnet.placement
+    modules = names.module_names(placement, norms_at_inputs=stored_architecture == "qwen3")
+    folded = file.metadata.get(FOLDED_KEY, False) is True
+    if folded:
+        del modules[_PRE_FFN_NORM]
+        modules |= {_PRE_FFN_NORM: "ffn_gate_norm_in"}
+    for stored in file.tensors:
+        if stored == names.ROPE_FACTORS or (folded and stored.endswith((".ffn_norm.weight", ".ffn_up_norm_in.weight"))):
+            continue
+        name = names.our_name(stored, modules)
+        scale = None
+        if bitnet is not None and names.is_ternary_weight(name):
+            values, scale = codes_and_scale(file, stored)
+        else:
+            values = file.tensor(stored)
+        heads = names.rotary_heads(name, padding.num_attention_heads, padding.num_key_value_heads)
+        if stored_architecture == "llama" and heads is not None:
+            values = separate_rotary_pairs(values, heads)
+        tensor = torch.from_numpy(values)
+        if name != stored:
+            tensor = _unpadded(file, padding, name, tensor)
+        yield name, tensor if scale is None else latent_weight(tensor, scale)
+
+
+def _unpadded(file: GGUFFile, padding: Padding, name: str, tensor: Tensor) -> Tensor:
+    try:
+        return padding.unpad(name, tensor)
+    except (RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"{file.path}: {name} has the shape {list(tensor.shape)}, which does not fit the sizes in its header; "
+            "convert it again"
+        ) from error
 
 
 def _shortest(value: float) -> float:
