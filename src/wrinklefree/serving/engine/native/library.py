@@ -8,7 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_uint8, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_void_p
 from functools import cache
 from pathlib import Path
 

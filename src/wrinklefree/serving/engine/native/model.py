@@ -117,7 +117,7 @@ class PackedModel:
             head: How the head is stored.
 
         Raises:
-            CheckpointError: a tensor is missing, unexpected or misshapen.
+            CheckpointError: a tensor is missing, unexpected, misshapen or not finite.
             ConfigError: a projection is wider than integer sums allow.
         """
         widest = max(architecture.hidden_size, architecture.intermediate_size, _query_size(architecture))
@@ -131,6 +131,8 @@ class PackedModel:
             shape = tuple(tensor.codes.shape if isinstance(tensor, Ternary) else tensor.shape)
             if wanted.pop(name, None) != shape:
                 raise CheckpointError(f"{name} of shape {list(shape)} is not part of this model; write it again")
+            if not bool(torch.isfinite(tensor.scale if isinstance(tensor, Ternary) else tensor).all()):
+                raise CheckpointError(f"{name} holds values that are not finite; train or fetch the model again")
             packed._place(name, tensor)
         if wanted:
             raise CheckpointError(
@@ -263,9 +265,28 @@ def _query_size(architecture: Architecture) -> int:
 
 
 def _wanted_shapes(architecture: Architecture, bitnet: BitNetSpec) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        model = CausalLM(architecture, bitnet)
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Parameter names and shapes of the `CausalLM` of this architecture."""
+    hidden, inner, head_dim = architecture.hidden_size, architecture.intermediate_size, architecture.head_dim
+    query, key = _query_size(architecture), architecture.num_key_value_heads * head_dim
+    sizes = [(query, hidden), (key, hidden), (key, hidden), (hidden, query), (inner, hidden), (inner, hidden)]
+    projections = dict(zip(_PROJECTIONS, [*sizes, (hidden, inner)], strict=True))
+    attention, output, mlp = architecture.attention_bias, architecture.attention_output_bias, architecture.mlp_bias
+    has_bias = dict(zip(_PROJECTIONS, [attention, attention, attention, output, mlp, mlp, mlp], strict=True))
+    block: dict[str, tuple[int, ...]] = {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
+    if architecture.qk_norm:
+        block |= {"self_attn.q_norm": (head_dim,), "self_attn.k_norm": (head_dim,)}
+    if bitnet.placement == "output":
+        block |= {"self_attn.attn_sub_norm": (query,), "mlp.ffn_sub_norm": (inner,)}
+    if bitnet.placement == "per_projection":
+        block |= {f"{name}_norm": (columns,) for name, (_, columns) in projections.items()}
+    shapes = {EMBEDDING: (architecture.vocab_size, hidden), "model.norm.weight": (hidden,)}
+    if not architecture.tie_word_embeddings:
+        shapes[HEAD] = (architecture.vocab_size, hidden)
+    for index in range(architecture.num_hidden_layers):
+        prefix = f"model.layers.{index}."
+        shapes |= {f"{prefix}{name}.weight": shape for name, shape in (block | projections).items()}
+        shapes |= {f"{prefix}{name}.bias": projections[name][:1] for name in projections if has_bias[name]}
+    return shapes
 
 
 def _exact_array(tensor: Tensor) -> NDArray[Any]:
