@@ -14,8 +14,8 @@ from wrinklefree.utils.errors import ConfigError
 
 Record = Mapping[str, Any]
 
-_GPT2_WORDS: Record = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-_BYTES_ONLY: Record = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+_GPT2_WORDS: Record = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+_BYTES_ONLY: Record = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
 _IRRELEVANT = frozenset({"trim_offsets"})
 """Fields that change offsets and no token."""
 
