@@ -21,7 +21,9 @@ FAIL = "FAIL"
 class ScriptedEngine:
     """Says what it was told to, token by token; counts what is at work. A prompt that holds FAIL breaks it midway."""
 
-    def __init__(self, text: str = "Hello, wörld! 🙂 bye", *, slots: int = 2, context_length: int = 512, delay: float = 0.0) -> None:
+    def __init__(
+        self, text: str = "Hello, wörld! 🙂 bye", *, slots: int = 2, context_length: int = 512, delay: float = 0.0
+    ) -> None:
         self.tokenizer = TextTokenizer.from_folder(TINY)
         self.info = EngineInfo("scripted", "tiny-scripted", context_length, slots)
         self.end_tokens = frozenset({self.tokenizer.eos_token_id})
