@@ -1,5 +1,6 @@
 """The GGUF reader against an independent one, and against damaged files."""
 
+import os
 import struct
 from pathlib import Path
 
@@ -159,3 +160,66 @@ def test_missing_files_keys_and_tensors_are_named(tmp_path: Path, small: Path) -
         file.text("words")
     with pytest.raises(CheckpointError, match="no tensor c"):
         file.tensor("c")
+
+
+def i2_s_file(path: Path, layout: bytes | None) -> Path:
+    """One I2_S tensor of 1 x 128 zeros (digit 1) with the scale 0.5, and perhaps the key of its layout."""
+    key = b"wrinklefree.i2_s_layout"
+    pair = b"" if layout is None else struct.pack("<Q", len(key)) + key + struct.pack("<IQ", 8, len(layout)) + layout
+    header = b"GGUF" + struct.pack("<IQQ", 3, 1, layout is not None) + pair
+    header += struct.pack("<Q", 1) + b"w" + struct.pack("<IQQIQ", 2, 128, 1, 36, 0)
+    path.write_bytes(header + bytes(-len(header) % 32) + b"\x55" * 32 + struct.pack("<f", 0.5) + bytes(28))
+    return path
+
+
+@pytest.mark.parametrize("layout", ["x86", "arm"])
+def test_i2_s_is_read_in_the_layout_that_the_file_names(tmp_path: Path, layout: str) -> None:
+    file = read_gguf(i2_s_file(tmp_path / "i.gguf", layout.encode()))
+    assert file.tensors["w"].nbytes == 64
+    codes, scale = file.ternary("w")
+    np.testing.assert_array_equal(codes, np.zeros((1, 128)))
+    assert scale == np.float32(0.5)
+    np.testing.assert_array_equal(file.tensor("w"), np.zeros((1, 128)))
+
+
+@pytest.mark.parametrize(("layout", "shown"), [(None, "'None'"), (b"vax", "'vax'")])
+def test_i2_s_without_a_known_layout_is_refused(tmp_path: Path, layout: bytes | None, shown: str) -> None:
+    file = read_gguf(i2_s_file(tmp_path / "i.gguf", layout))
+    assert file.tensors["w"].type == "I2_S"
+    for read in (file.tensor, file.ternary):
+        with pytest.raises(CheckpointError, match=f"key wrinklefree.i2_s_layout is {shown}, not one of x86, arm"):
+            read("w")
+
+
+def test_a_tensor_that_is_not_ternary_is_named(small: Path) -> None:
+    problem = r"tensor a of type F32 is not ternary with one scale: it holds 1\.0, where 0 and ±5\.0 would be"
+    with pytest.raises(CheckpointError, match=problem):
+        read_gguf(small).ternary("a")
+
+
+def test_tensors_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, 2, 0)
+    for name in (b"a", b"b"):
+        header += struct.pack("<Q", 1) + name + struct.pack("<IQIQ", 1, 8, 0, 0)
+    path = tmp_path / "shared.gguf"
+    path.write_bytes(header + bytes(-len(header) % 32) + bytes(32))
+    with pytest.raises(CheckpointError, match="tensors 'a' and 'b' overlap"):
+        read_gguf(path)
+
+
+def test_a_large_file_cannot_announce_more_values_than_are_kept(tmp_path: Path) -> None:
+    """The file is sparse: its length would allow the count, the limit on values in memory does not."""
+    path = tmp_path / "sparse.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 0, 2**24))
+    os.truncate(path, 2**25)
+    with pytest.raises(CheckpointError, match="16777216 entries announced at 41, more than the 8388608 that are read"):
+        read_gguf(path)
+
+
+def test_messages_do_not_repeat_what_a_forged_file_makes_long(tmp_path: Path) -> None:
+    path = tmp_path / "long.gguf"
+    content = b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q", 5000) + b"x" * 5000
+    path.write_bytes(content + struct.pack("<IQIQ", 9, 1, 0, 0))
+    with pytest.raises(CheckpointError) as caught:
+        read_gguf(path)
+    assert len(str(caught.value)) < 300

@@ -16,6 +16,7 @@ from wrinklefree.utils.storage import (
     format_size,
     free_bytes,
     remove_leftovers,
+    replacing_file,
     write_all,
 )
 
@@ -157,3 +158,22 @@ def test_space_is_checked_with_a_fifth_to_spare(tmp_path: Path) -> None:
 )
 def test_sizes_read_well(size: int, text: str) -> None:
     assert format_size(size) == text
+
+
+def test_a_replaced_file_appears_when_it_is_complete(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "file"
+    with replacing_file(path) as descriptor:
+        write_all(descriptor, b"one")
+        assert not path.exists()
+    assert path.read_bytes() == b"one"
+    with pytest.raises(RuntimeError, match="stop"), replacing_file(path) as descriptor:
+        write_all(descriptor, b"two")
+        raise RuntimeError("stop")
+    assert path.read_bytes() == b"one"
+    assert names_in(path.parent) == ["file"]
+
+
+def test_a_replaced_file_needs_a_folder_that_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=r"cannot write .*/file/x"), replacing_file(tmp_path / "file" / "x"):
+        pytest.fail("nothing can be written there")

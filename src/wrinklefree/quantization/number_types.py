@@ -67,6 +67,8 @@ def _encode_bf16(rows: Float32Array) -> Bytes:
     bits = rows.view(np.uint32)
     odd = bits >> np.uint32(16) & np.uint32(1)
     rounded = bits + (np.uint32(0x7FFF) + odd) >> np.uint32(16)
+    if (rounded & np.uint32(0x7F80) == np.uint32(0x7F80)).any():
+        raise CheckpointError(f"a tensor holds {np.abs(rows).max():.6g}, which BF16 rounds to infinity; use F32")
     return rounded.astype("<u2").view(np.uint8)
 
 

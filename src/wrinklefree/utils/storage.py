@@ -232,6 +232,32 @@ def durable_file(path: Path) -> Generator[int]:
         os.close(descriptor)
 
 
+@contextmanager
+def replacing_file(path: Path) -> Generator[int]:
+    """Descriptor of a temporary file that becomes `path`, durably, on leaving; an exception leaves nothing behind.
+
+    What the body raises passes unchanged; it wraps its own writes in `explained`.
+    """
+    temporary = _temporary_beside(path)
+    with explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        try:
+            yield descriptor
+            with explained(path):
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        with explained(path):
+            temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with explained(path):
+        fsync_directory(path.parent)
+
+
 def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """`os.write` until everything is written: one call may write less than it was given."""
     rest = memoryview(data).cast("B")
