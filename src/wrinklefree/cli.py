@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from wrinklefree.utils.errors import ConfigError, NotAvailableError, WrinkleFreeError
 
@@ -66,10 +67,58 @@ def train_main(argv: Sequence[str] | None = None) -> int:
 
 def convert_main(argv: Sequence[str] | None = None) -> int:
     """Run `scripts/convert_to_gguf.py`; returns the exit code."""
-    parser = _parser("convert_to_gguf.py", "Write a ternary checkpoint as a GGUF file.")
-    parser.add_argument("--input", required=True, metavar="FOLDER", help="a checkpoint folder")
+    parser = _parser("convert_to_gguf.py", "Write a checkpoint as a GGUF file, and check it.")
+    parser.add_argument("--input", required=True, metavar="FOLDER", help="a checkpoint, or a stage's output folder")
     parser.add_argument("--output", required=True, metavar="FILE", help="the GGUF file to write")
-    return _guarded(lambda: _not_available(parser, argv, "GGUF export", "the checkpoint itself is safetensors"))
+    parser.add_argument(
+        "--type", choices=("TQ2_0", "TQ1_0", "Q2_0", "Q4_0", "I2_S", "F16", "BF16", "F32"),
+        help="of the linear layers (default: the first that the target reads and the model's sizes fit, mostly TQ2_0)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--target", choices=("auto", "llama.cpp", "bitnet.cpp", "wrinklefree"), default="auto",
+        help="the runtime that must load the file (auto: the first of the others, in this order, that holds the model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cpu", choices=("auto", "x86", "arm"), default="auto",
+        help="processors that an I2_S file is for (auto: this machine's kind)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--embedding-type", choices=("F16", "Q8_0", "BF16", "F32"),
+        help="of embedding and head (default: F32 or BF16 if --type is, else F16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pad", choices=("auto", "never"), default="auto",
+        help="whether widths may grow by zeros where a type's blocks demand it",
+    )  # fmt: skip
+    parser.add_argument("--name", help="the model's name inside the file")
+    parser.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True,
+        help="read the file back, compare every tensor, and run it in llama.cpp where that holds it",
+    )  # fmt: skip
+
+    def run() -> int:
+        options = parser.parse_args(argv)
+        set_up_logging()
+        from wrinklefree.serving.conversion_report import describe
+        from wrinklefree.serving.converter import ConversionOptions, convert
+
+        conversion = convert(
+            ConversionOptions(
+                input=Path(options.input),
+                output=Path(options.output),
+                weight_type=options.type,
+                target=options.target,
+                embedding_type=options.embedding_type,
+                pad=options.pad,
+                cpu=options.cpu,
+                name=options.name,
+                verify=options.verify,
+            )
+        )
+        _show(describe(conversion))
+        return 0
+
+    return _guarded(run)
 
 
 def export_main(argv: Sequence[str] | None = None) -> int:
