@@ -189,9 +189,9 @@ class Study:
     def plan_all(self) -> Iterator[Cell]:
         """Every cell, with the first of its rates standing for the one that will be chosen."""
         for seed in self.study.seeds:
-            for name in self.study.needed_steps(self.arms_of(seed)):
+            first = seed == self.study.seeds[0]
+            for name in self.study.needed_steps(self.arms_of(seed), tuning=first):
                 step = self.study.steps[name]
-                first = seed == self.study.seeds[0]
                 borrowed = self.study.steps[step.rate_of].rates[:1] if step.rate_of else ()
                 cells = [self.plan(name, seed, rate) for rate in (step.rates or borrowed or (None,))]
                 self.cells[name, seed] = cells[0]
@@ -229,9 +229,12 @@ class Study:
     def run_step(self, name: str, seed: int) -> None:
         """Run a step's cell, or its cells when rates are tried; the outcome goes to `cells` or `failures`."""
         step = self.study.steps[name]
-        for needed in (step.source, step.teacher, step.rate_of):
-            if needed is not None and needed != BASE and (needed, seed) in self.failures:
-                self.failures[name, seed] = f"needs {needed}, which failed: {self.failures[needed, seed]}"
+        needs = [(needed, seed) for needed in (step.source, step.teacher) if needed is not None]
+        if step.rate_of is not None and step.rate_of not in self.chosen:
+            needs.append((step.rate_of, self.study.seeds[0]))
+        for needed in needs:
+            if needed in self.failures:
+                self.failures[name, seed] = f"needs {needed[0]}, which failed: {self.failures[needed]}"
                 return
         try:
             if name in self.chosen or not step.rates:
@@ -452,7 +455,7 @@ def run_study(command: StudyCommand, study: StudyConfig) -> int:
     try:
         for seed in study.seeds:
             arms = runner.arms_of(seed)
-            for name in study.needed_steps(arms):
+            for name in study.needed_steps(arms, tuning=seed == study.seeds[0]):
                 runner.run_step(name, seed)
                 for arm in (arm for arm in arms if study.arms[arm].step == name):
                     runner.score(arm, seed)

@@ -134,8 +134,11 @@ class StudyConfig(Config):
             seen.append(at)
             at = self.steps[at].source
 
-    def needed_steps(self, arms: Sequence[str]) -> list[str]:
-        """Steps that the arms are made of, teachers included, every one behind those that it needs."""
+    def needed_steps(self, arms: Sequence[str], *, tuning: bool) -> list[str]:
+        """Steps that the arms are made of, teachers included, every one behind those that it needs.
+
+        With `tuning`, also the steps whose rates they borrow: the first seed has to find those.
+        """
         ordered: dict[str, None] = {}
 
         def add(name: str | None) -> None:
@@ -143,7 +146,7 @@ class StudyConfig(Config):
                 return
             add(self.steps[name].source)
             add(self.steps[name].teacher)
-            add(self.steps[name].rate_of)
+            add(self.steps[name].rate_of if tuning else None)
             ordered[name] = None
 
         for arm in arms:
