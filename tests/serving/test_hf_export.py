@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from wrinklefree.cli import export_main
 from wrinklefree.models.artifact import Artifact, read_artifact, write_artifact
 from wrinklefree.models.config import Architecture, BitNetSpec, RopeScaling
 from wrinklefree.models.generate import generate, left_pad
@@ -361,3 +362,18 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     artifact = write_artifact(tmp_path / "artifact", model, tokenizer, {})
     with pytest.raises(CheckpointError, match="layers.1.mlp.up_proj.weight holds values that are not finite"):
         export_hf(artifact.folder, tmp_path / "out", weights="packed")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = make_artifact(tmp_path / "artifact", LLAMA, OUTPUT)
+    arguments = ["--input", str(artifact.folder), "--output", str(tmp_path / "out"), "--weights", "packed"]
+    assert export_main([*arguments, "--embedding-type", "f32", "--linear-class", "autobitlinear"]) == 0
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == "float32"
+    assert config["quantization_config"]["linear_class"] == "autobitlinear"
+    assert export_main([*arguments, "--format", "plain"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --format plain cannot hold this model: LlamaForCausalLM has no norm before o_proj and down_proj; "
+        "take --format bitnet\n"
+    )
+    assert export_main(["--input", str(tmp_path / "absent"), "--output", str(tmp_path / "out")]) == 78
