@@ -96,7 +96,7 @@ def test_gamma_one_forgets_and_a_small_gamma_averages_with_the_right_error():
 
 def test_identical_sources_keep_the_prior():
     """Four sources with one distribution, 100 updates, 20 repetitions: the weights stay where they were."""
-    prior = {name: 0.25 for name in "abcd"}
+    prior = dict.fromkeys("abcd", 0.25)
     moved = []
     for seed in range(20):
         draw = random.Random(seed)
@@ -114,7 +114,7 @@ def test_the_state_continues_exactly():
         mixture.update(SCORES)
     resumed = MixtureWeightCalculator(PRIOR)
     resumed.load_state_dict(json.loads(json.dumps(first.state_dict())))
-    later = {name: values[::-1] + [0.1] for name, values in SCORES.items()}
+    later = {name: [*values[::-1], 0.1] for name, values in SCORES.items()}
     assert resumed.update(later) == whole.update(later)
     assert resumed.updates == 2
     with pytest.raises(CheaperTrainingError, match="saved mixture has sources bad, good, plain, this one has a"):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from conftest import TinyLM, language, row_loss
 
 from cheapertraining import (
     CheaperTrainingError,
@@ -15,6 +14,7 @@ from cheapertraining import (
     MixtureWeightCalculator,
     Probe,
 )
+from conftest import TinyLM, language, row_loss
 
 SOURCES = {"one": (1, 0.1), "two": (2, 0.1), "noise": (1, 1.0)}
 
@@ -30,7 +30,7 @@ def draw(successor, noise, salt, part):
 
 
 def build(model, part, groups):
-    optimizer = InfluenceAwareOptimizer(
+    return InfluenceAwareOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.05),
         DataInfCalculator(model, row_loss, groups=groups, projection_size=8),
         MixtureWeightCalculator(dict.fromkeys(SOURCES, 1 / 3), threshold=1.0, evidence_limit=50.0, temperature=10.0),
@@ -39,7 +39,6 @@ def build(model, part, groups):
         on_weights=lambda weights: None,
         update_interval=2,
     )
-    return optimizer
 
 
 def train(model, optimizer, steps=4):
