@@ -281,7 +281,10 @@ def _tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], BlockFormat, int
     shape = tuple(reversed([cursor.scalar("Q") for _ in range(dimensions)]))
     kind = cursor.scalar("I")
     if kind not in FORMATS_BY_ID:
-        raise cursor.error(f"tensor {name!r} has the unknown type {kind}")
+        raise CheckpointError(
+            f"{cursor.path}: tensor {name!r} has the unknown type {kind}; the file is damaged, or of a program whose "
+            "types are not known here: convert it to another type there"
+        )
     block = FORMATS_BY_ID[kind]
     if shape[-1] % block.weights or 0 in shape:
         raise cursor.error(f"tensor {name!r} of type {block.name} has the shape {shape}")
