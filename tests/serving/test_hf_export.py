@@ -193,6 +193,12 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Reloaded:
             artifacts[name].folder, root / f"export{number}",
             layout=case.layout or "auto", weights=case.weights, rest=case.rest, linear_class=case.linear_class,
         )  # fmt: skip
+    # The stock layers are compiled at their first call, which takes half a minute and changes nothing here.
+    return Reloaded(artifacts, exports, reload(root, exports, {"TORCHDYNAMO_DISABLE": "1"}))
+
+
+def reload(root: Path, exports: dict[str, Export], variables: dict[str, str]) -> dict[str, Any]:
+    """What a fresh process makes of exports."""
     batch = left_pad(PROMPTS, torch.device("cpu"))
     jobs = {
         "folders": {name: str(export.folder) for name, export in exports.items()},
@@ -200,14 +206,13 @@ def reloaded(tmp_path_factory: pytest.TempPathFactory) -> Reloaded:
         "ids": batch.input_ids, "mask": (batch.document_ids != 0).long(),
     }  # fmt: skip
     torch.save(jobs, root / "jobs.pt")
-    # The stock layers are compiled at their first call, which takes half a minute and changes nothing here.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home"), "TORCHDYNAMO_DISABLE": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "home"), **variables}
     outcome = subprocess.run(
         [sys.executable, "-c", RELOAD, str(root / "jobs.pt"), str(root / "results.pt")],
         env=environment, cwd=root, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stderr[-3000:]
-    return Reloaded(artifacts, exports, torch.load(root / "results.pt"))
+    return torch.load(root / "results.pt")
 
 
 @torch.inference_mode()
@@ -227,6 +232,16 @@ def test_a_fresh_process_computes_the_same(reloaded: Reloaded, name: str) -> Non
         assert float((theirs - ours).norm() / ours.norm()) <= case.tolerance
     ours = generate(model, PROMPTS, max_new_tokens=NEW_TOKENS, eos_token_id=None)
     assert result["generated"] == ours
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same(reloaded: Reloaded, tmp_path: Path) -> None:
+    names = ("llama bitnet f32", PACKED)
+    results = reload(tmp_path, {name: reloaded.exports[name] for name in names}, {})
+    for name in names:
+        for compiled, plain in zip(results[name]["logits"], reloaded.results[name]["logits"], strict=True):
+            assert float((compiled - plain).norm() / plain.norm()) <= 1e-2
+        assert results[name]["generated"] == reloaded.results[name]["generated"]
 
 
 def test_the_tokenizer_travels(reloaded: Reloaded) -> None:
@@ -347,7 +362,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.Mon
     def garble(packed: Tensor, rows: int) -> Tensor:
         return torch.zeros(rows, packed.shape[1], dtype=torch.int8)
 
-    monkeypatch.setattr("wrinklefree.serving.hf_export.unpack_codes", garble)
+    monkeypatch.setattr("wrinklefree.serving.hf_export.unpack_row_blocks", garble)
     with pytest.raises(CheckpointError, match="of 1024 codes differ from the artifact's"):
         export_hf(artifact.folder, tmp_path / "out", weights="packed")
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]

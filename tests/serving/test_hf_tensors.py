@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wrinklefree.quantization.weight_quant import ternarize
-from wrinklefree.serving.hf_tensors import checked_ternary, pack_codes, round_keeping_codes, unpack_codes
+from wrinklefree.serving.hf_tensors import checked_ternary, pack_row_blocks, round_keeping_codes, unpack_row_blocks
 from wrinklefree.utils.errors import CheckpointError
 
 
@@ -25,17 +25,17 @@ def gathered_weight(rows: int, spread: float, seed: int) -> torch.Tensor:
 )  # fmt: skip
 def test_packing_is_undone_by_unpacking(rows: int, columns: int, seed: int) -> None:
     codes = torch.randint(-1, 2, (rows, columns), generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
-    packed = pack_codes(codes)
+    packed = pack_row_blocks(codes)
     assert packed.shape == (-(-rows // 4), columns)
-    assert torch.equal(unpack_codes(packed, rows), codes)
-    filled = unpack_codes(packed, 4 * packed.shape[0])
+    assert torch.equal(unpack_row_blocks(packed, rows), codes)
+    filled = unpack_row_blocks(packed, 4 * packed.shape[0])
     assert not filled[rows:].any()
 
 
 def test_the_layout_is_row_blocks_from_the_lowest_bits() -> None:
     codes = torch.tensor([[1], [0], [-1], [1], [0], [0], [1], [-1]], dtype=torch.int8)
     # Byte 0 holds rows 0, 2, 4, 6; byte 1 holds rows 1, 3, 5, 7; each code plus one, two bits, the first lowest.
-    assert pack_codes(codes).tolist() == [[0b10_01_00_10], [0b00_01_10_01]]
+    assert pack_row_blocks(codes).tolist() == [[0b10_01_00_10], [0b00_01_10_01]]
 
 
 @given(

@@ -33,7 +33,7 @@ from wrinklefree.serving.hf_layouts import (
     choose_layout,
     is_linear,
 )
-from wrinklefree.serving.hf_tensors import unpack_codes
+from wrinklefree.serving.hf_tensors import unpack_row_blocks
 from wrinklefree.serving.model_card import figures_from_report, render_card
 from wrinklefree.utils.checkpoint import stream_tensors
 from wrinklefree.utils.errors import CheckpointError, ConfigError
@@ -197,7 +197,7 @@ def verify_codes(folder: Path, artifact: Artifact, plan: Layout) -> float:
         for name in filter(is_linear, shapes):
             wanted, stored = ternarize(source(name)), shards(name)
             if packed:
-                codes = unpack_codes(stored, shapes[name][0])
+                codes = unpack_row_blocks(stored, shapes[name][0])
             else:
                 ternary = ternarize(stored)
                 codes = ternary.codes

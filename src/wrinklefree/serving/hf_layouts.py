@@ -21,7 +21,7 @@ from torch import Tensor
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.hf import FAMILIES, architecture_to_hf
 from wrinklefree.models.weights import parameter_shapes
-from wrinklefree.serving.hf_tensors import CODES_PER_BYTE, checked_ternary, pack_codes, round_keeping_codes
+from wrinklefree.serving.hf_tensors import CODES_PER_BYTE, checked_ternary, pack_row_blocks, round_keeping_codes
 from wrinklefree.utils.checkpoint import TensorEntry
 from wrinklefree.utils.errors import ConfigError
 
@@ -265,7 +265,7 @@ def _packed(name: str, shape: tuple[int, ...], *, divides: bool) -> list[StoredT
     codes = TensorEntry(name, torch.uint8, (rows, *shape[1:]))
     factor = TensorEntry(f"{name.removesuffix('.weight')}.weight_scale", torch.float32, (1,))
     return [
-        StoredTensor(codes, name, lambda weight: pack_codes(checked_ternary(name, weight).codes)),
+        StoredTensor(codes, name, lambda weight: pack_row_blocks(checked_ternary(name, weight).codes)),
         StoredTensor(factor, name, scale),
     ]
 

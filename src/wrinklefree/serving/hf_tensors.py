@@ -62,7 +62,7 @@ def _on_the_wrong_side(values: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     return is_zero & (magnitude > threshold * (1 - _MARGIN)), ~is_zero & (magnitude < threshold * (1 + _MARGIN))
 
 
-def pack_codes(codes: Tensor) -> Tensor:
+def pack_row_blocks(codes: Tensor) -> Tensor:
     """Codes [out, in] as bytes [ceil(out / 4), in]: bits 2i of byte row j hold row i * ceil(out / 4) + j, plus 1.
 
     This is the layout of `transformers`; rows that fill up the last part are zeros (stored as 1).
@@ -76,7 +76,7 @@ def pack_codes(codes: Tensor) -> Tensor:
     return packed
 
 
-def unpack_codes(packed: Tensor, rows: int) -> Tensor:
+def unpack_row_blocks(packed: Tensor, rows: int) -> Tensor:
     """Codes int8 [rows, in] of bytes [ceil(rows / 4), in]."""
     parts = [(packed >> (2 * part)) & 3 for part in range(CODES_PER_BYTE)]
     return torch.cat(parts)[:rows].to(torch.int8) - 1

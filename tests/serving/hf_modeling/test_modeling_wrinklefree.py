@@ -72,7 +72,7 @@ def test_rounding_is_the_library_s(seed: int) -> None:
     expected = weight_quant.ternarize(weight)
     assert torch.equal(codes.to(torch.int8), expected.codes)
     assert torch.equal(scale, expected.scale)
-    assert torch.equal(ours.unpack_codes(hf_tensors.pack_codes(expected.codes), 10), expected.codes)
+    assert torch.equal(ours.unpack_codes(hf_tensors.pack_row_blocks(expected.codes), 10), expected.codes)
     for bits in (4, 8):
         x_codes, x_scale = ours.quantize_activation(weight, bits)
         activation = activation_quant.quantize_activation(weight, bits)
