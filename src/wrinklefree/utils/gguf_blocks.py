@@ -84,7 +84,7 @@ def decode_tensor(block: BlockFormat, data: Bytes, shape: tuple[int, ...], layou
     """
     if block.name == "I2_S":
         codes, scale = _decode_i2_s(data, shape, layout)
-        return codes.astype(np.float32) * scale
+        return np.multiply(codes, scale, dtype=np.float32)
     blocks = data.reshape(-1, block.bytes)
     values = np.empty((len(blocks), block.weights), dtype=np.float32)
     step = max(1, _PIECE_WEIGHTS // block.weights)
