@@ -8,7 +8,7 @@ A byte-level model is trained on all six sources (see `texts`), uniformly. At ch
    sources that stay); a source's truth is how much higher the probe's kind of held-out text loses without it. Each
    score's rank correlation with the truth over the six sources, averaged over seeds, checkpoints and probes.
 
-    python -m benchmarks.accuracy --seeds 3
+    python -m benchmarks.accuracy
 """
 
 import argparse
@@ -105,13 +105,13 @@ def retraining_truth(
     return torch.stack([losses(name) - everything for name in SOURCES], dim=1)
 
 
-def measure(kind: str, seeds: int, checkpoints: Sequence[int], steps: int, size: int) -> None:
+def measure(kind: str, seeds: int, first_seed: int, checkpoints: Sequence[int], steps: int, size: int) -> None:
     """Print both tables for one optimizer."""
     corpus = load_corpus()
     agreement: dict[tuple[str, float], list[tuple[float, float]]] = {}
     ranks: dict[tuple[Score, float], list[float]] = {}
     truths: list[Tensor] = []
-    for seed in range(seeds):
+    for seed in range(first_seed, first_seed + seeds):
         torch.manual_seed(seed)
         model = ByteLM()
         optimizer = make_optimizer(model, kind)
@@ -144,10 +144,9 @@ def report(
     """Markdown tables."""
     write = sys.stdout.write
     write(f"\n{kind}, {seeds} seeds, checkpoints {list(checkpoints)}, {steps} steps of retraining, k = {size}\n\n")
-    write(
-        "| lambda_val | datainf - exact | dot - exact | within sources: datainf | dot | truth: datainf | exact | dot |\n"
-    )
-    write("|---|---|---|---|---|---|---|---|\n")
+    columns = ("lambda_val", "datainf - exact", "dot - exact", "within sources: datainf", "dot")
+    columns += ("truth: datainf", "exact", "dot", "gain over dot: datainf", "exact")
+    write(f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n")
 
     def average(values: Sequence[float]) -> str:
         error = statistics.stdev(values) / len(values) ** 0.5
@@ -156,6 +155,9 @@ def report(
     for value in LAMBDAS:
         cells = [average([pair[i] for pair in agreement[score, value]]) for i in (0, 1) for score in ("datainf", "dot")]
         cells += [average(ranks[score, value]) for score in ("datainf", "exact", "dot")]
+        for score in ("datainf", "exact"):
+            pairs = zip(ranks[score, value], ranks["dot", value], strict=True)
+            cells.append(average([theirs - dot for theirs, dot in pairs]))
         write(f"| {value:g} | {' | '.join(cells)} |\n")
     mean = torch.stack(truths).mean(0)
     for probe, row in zip(PROBES, mean.tolist(), strict=True):
@@ -168,14 +170,15 @@ def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--checkpoints", type=int, nargs="+", default=[100, 400])
-    parser.add_argument("--steps", type=int, default=60, help="of retraining")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--checkpoints", type=int, nargs="+", default=[60, 240])
+    parser.add_argument("--steps", type=int, default=30, help="of retraining")
     parser.add_argument("--size", type=int, default=32, help="projection size k")
     parser.add_argument("--optimizers", nargs="+", default=["adamw", "sgd"], choices=["adamw", "sgd"])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     for kind in arguments.optimizers:
-        measure(kind, arguments.seeds, arguments.checkpoints, arguments.steps, arguments.size)
+        measure(kind, arguments.seeds, arguments.first_seed, arguments.checkpoints, arguments.steps, arguments.size)
 
 
 if __name__ == "__main__":

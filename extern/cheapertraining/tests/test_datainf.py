@@ -20,12 +20,13 @@ def fixed(batch):
     return lambda update: [batch]
 
 
-def test_scores_are_benefits_of_group_gradients(tiny_lm, loss, make_language):
+@pytest.mark.parametrize("score", ["datainf", "exact", "dot"])
+def test_scores_are_benefits_of_group_gradients(tiny_lm, loss, make_language, score):
     """Without projection: against mean-loss gradients of each group through `.grad`."""
     model = tiny_lm()
     texts = {"one": make_language(1, rows=6, seed=1), "two": make_language(2, rows=6, seed=2)}
     probe = make_language(1, rows=4, seed=3)
-    calculator = DataInfCalculator(model, loss, groups=3, projection_size=1000, lambda_val=0.2)
+    calculator = DataInfCalculator(model, loss, groups=3, projection_size=1000, lambda_val=0.2, score=score)
     scored = calculator.scores(
         {name: (lambda update, t=text: [t[:4], t[4:]]) for name, text in texts.items()}, {"p": Probe(fixed(probe))}
     )
@@ -38,7 +39,7 @@ def test_scores_are_benefits_of_group_gradients(tiny_lm, loss, make_language):
 
     groups = torch.stack([gradient(text[i : i + 2]) for text in texts.values() for i in (0, 2, 4)])
     expected = benefits(
-        groups, gradient(probe)[None], calculator.projector.spans, score="datainf", lambda_val=0.2
+        groups, gradient(probe)[None], calculator.projector.spans, score=score, lambda_val=0.2
     ).flatten()
     actual = torch.tensor(scored.combined["one"] + scored.combined["two"], dtype=torch.float64)
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
@@ -116,7 +117,7 @@ class Rows:
 def run_toy(tiny_lm, loss, make_language):
     """Train 60 steps with a mixture that follows the probes; returns (weights, items after the last change)."""
 
-    def run(sources, probes, *, workers=0, score="datainf", steps=60, interval=5, seed=0):
+    def run(sources, probes, *, workers=0, score="exact", steps=60, interval=5, seed=0):
         model = tiny_lm()
         rows = {name: Rows(make_language, name, *language) for name, language in sources.items()}
         prior = dict.fromkeys(rows, 1 / len(rows))
@@ -154,7 +155,7 @@ def test_the_weight_of_noise_falls_in_every_worker(run_toy, score):
     weights, seen = run_toy(
         {"clean": (1, 0.1), "noise": (1, 1.0)},
         {"clean": ((1, 0.1), 1.0)},
-        workers=2 if score == "datainf" else 0,
+        workers=2 if score == "exact" else 0,
         score=score,
     )
     assert weights["noise"] < 0.25

@@ -55,7 +55,8 @@ class DataInfCalculator:
         loss: `loss(model, batch) -> (sums [B], counts [B])`, see `PerSampleLoss`.
         lambda_val: Damping of the curvature, in units of a layer's mean squared gradient norm. Small trusts the
             estimated curvature, large ignores it; the scores "datainf" and "exact" use it, "dot" does not.
-        score: "datainf", "exact" or "dot", see `cheapertraining.scores`.
+        score: "exact", "datainf" or "dot", see `cheapertraining.scores`. The default is the inverse that DataInf
+            approximates: with group gradients it costs the same, and it ranked sources better (README, "Proofs").
         projection_size: k; gradients cost k * k floats a layer.
         groups: Groups that a source's rows are dealt into on each rank, at least two.
         choose: Which linear layers; by default all but output heads.
@@ -73,7 +74,7 @@ class DataInfCalculator:
         loss: PerSampleLoss,
         *,
         lambda_val: float = 0.1,
-        score: Score = "datainf",
+        score: Score = "exact",
         projection_size: int = 32,
         groups: int = 8,
         choose: LayerFilter | None = None,
