@@ -2,9 +2,9 @@
 
 import pytest
 from jinja2.exceptions import SecurityError
+from tests.serving.conftest import TINY
 from tokenizers import AddedToken, Tokenizer
 
-from tests.serving.conftest import TINY
 from wrinklefree.serving.chat_text import PLAIN_STOPS, ChatPrompt, Message, encode_prompt
 from wrinklefree.serving.text_stream import TokenBytes
 from wrinklefree.utils.errors import DataError

@@ -10,20 +10,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import psutil
 import pytest
-
 from tests.serving.conftest import TINY, ScriptedEngine, running, until
+
 from wrinklefree.serving.api import ServiceSettings
 from wrinklefree.serving.limits import Limits
 from wrinklefree.serving.server import Server, ServerSettings
 from wrinklefree.utils.errors import CheckpointError, ConfigError, CredentialsError, NetworkError
 
 NAME = "tiny-scripted"
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = "Hello, wörld! 🙂 bye"
 ASK: Any = [{"role": "user", "content": "Hi"}]
 QUICK = ServerSettings(port=0, limits=Limits(max_body_bytes=2**16, read_seconds=0.4), grace_seconds=5)
@@ -72,6 +74,13 @@ def read_all(connection: socket.socket) -> bytes:
     while chunk := connection.recv(65536):
         received += chunk
     return received
+
+
+def head_of(length: int | None) -> bytes:
+    """The start of a request with a body of so many bytes, or in chunks."""
+    body = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    start = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    return f"{start}\r\n{body}\r\n\r\n".encode()
 
 
 # What OpenAI's client sees.
@@ -228,7 +237,8 @@ def test_models(client: openai.OpenAI) -> None:
         ({"max_tokens": 600}, openai.BadRequestError, "the context holds 512 tokens", "max_tokens"),
         ({"messages": []}, openai.BadRequestError, "at least 1 item", "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, openai.BadRequestError, "given 'tool'", "messages"),
-        ({"messages": [{"role": "user", "content": "x " * 900}]}, openai.BadRequestError, "the prompt has", "messages"),
+        ({"messages": [{"role": "user", "content": "7" * 600}]}, openai.BadRequestError, "the prompt has 6", "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 30_000}]}, openai.BadRequestError, "has at least", "messages"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]},
             openai.BadRequestError, "images, audio and files are not supported", "messages",
@@ -329,7 +339,7 @@ def test_stopping_finishes_what_runs_and_turns_away_what_waits() -> None:
     engine = ScriptedEngine(slots=1)
     engine.go.clear()
     with running(engine) as server, ThreadPoolExecutor(2) as pool:
-        runs = pool.submit(post, server, {"prompt": "x"})
+        runs = pool.submit(post, server, {"prompt": "x", "max_tokens": 60})
         until(lambda: engine.at_work == 1)
         waits = pool.submit(post, server, {"prompt": "y"})
         until(lambda: server.service.slots.waiting == 1)
@@ -481,7 +491,7 @@ def test_large_bodies(server: Server) -> None:
 
 
 def test_a_body_without_end_is_cut_off(server: Server) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = head_of(None)
     received = b""
     sent = 0
     with socket.create_connection(server.socket.getsockname()[:2], timeout=10) as connection:
@@ -505,7 +515,7 @@ def test_slow_headers_and_slow_bodies_time_out(server: Server) -> None:
     silent = talk(server, b"")
     assert silent.startswith(b"HTTP/1.1 408 ")
     assert b"headers did not arrive within 0.4 s" in silent
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+    head = head_of(100)
     slow = talk(server, head + b'{"prompt"')
     assert slow.startswith(b"HTTP/1.1 408 ")
     assert b"the body did not arrive within 0.4 s" in slow
@@ -516,7 +526,10 @@ def test_dripping_headers_do_not_extend_the_deadline(server: Server, first: byte
     with socket.create_connection(server.socket.getsockname()[:2], timeout=10) as connection:
         connection.sendall(first)
         if first:
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+            answer = b""
+            while not answer.endswith(b"}"):
+                answer += connection.recv(4096)
+            assert answer.startswith(b"HTTP/1.1 200 ")
         started = time.monotonic()
         connection.settimeout(0.05)
         received = b""
@@ -536,8 +549,8 @@ def test_dripping_headers_do_not_extend_the_deadline(server: Server, first: byte
     [
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
         (b"GET / HTTP/1.1\r\n\r\n", b"400"),
-        (b"GET / HTTP/9.9\r\nHost: localhost\r\n\r\n", b"400"),
-        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", b"431"),
+        (b"GET / FTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000, b"431"),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", b"400"),
         (b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n", b"400"),
         (b"POST / HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", b"501"),
@@ -550,7 +563,7 @@ def test_what_is_not_http_is_refused_in_json(server: Server, request_bytes: byte
 
 
 def test_a_broken_chunk_in_a_body_closes_the_connection(server: Server) -> None:
-    head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+    head = head_of(None)
     assert talk(server, head + b"zz\r\n").startswith(b"HTTP/1.1 400 ")
 
 
@@ -560,9 +573,8 @@ def test_a_client_that_leaves_frees_its_slot(server: Server, engine: ScriptedEng
     try:
         for stream in (True, False):
             body = json.dumps({"prompt": "x", "stream": stream}).encode()
-            head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             with socket.create_connection(server.socket.getsockname()[:2]) as connection:
-                connection.sendall(head.encode() + body)
+                connection.sendall(head_of(len(body)) + body)
                 until(lambda: engine.at_work == 1)
             engine.go.set()  # a generator sees it at its next token
             until(lambda: engine.at_work == 0 and server.service.slots.used == 0)
@@ -628,14 +640,14 @@ def test_too_many_connections_are_turned_away_and_leave_room_again() -> None:
 
 
 def test_a_client_that_does_not_read_is_dropped() -> None:
-    engine = ScriptedEngine("word " * 4000, context_length=10**6)
+    engine = ScriptedEngine("word " * 2000, context_length=10**6)
     settings = ServerSettings(port=0, limits=Limits(write_seconds=0.3))
-    body = json.dumps({"prompt": "x", "stream": True, "logprobs": 5, "max_tokens": 8000}).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    body = json.dumps({"prompt": "x", "stream": True, "logprobs": 5, "max_tokens": 4000}).encode()
     with running(engine, settings) as server, socket.socket() as connection:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(server.socket.getsockname()[:2])
-        connection.sendall(head.encode() + body)
+        connection.sendall(head_of(len(body)) + body)
         until(lambda: engine.at_work == 1 or engine.closed_streams == 1)
         until(lambda: not server.server_state.connections)
         until(lambda: server.service.slots.used == 0)
@@ -644,12 +656,24 @@ def test_a_client_that_does_not_read_is_dropped() -> None:
 # The process.
 
 
-def start_process(*arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-c", "import sys; from wrinklefree.cli import serve_main; sys.exit(serve_main(sys.argv[1:]))",
-         "--model", str(TINY), "--engine", "torch", "--port", "0", "--threads", "1", "--context-length", "256", *arguments],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+SCRIPTED = """
+import sys
+from wrinklefree.cli import set_up_logging
+from wrinklefree.serving.limits import Limits
+from wrinklefree.serving.server import Server, ServerSettings
+sys.path.insert(0, sys.argv[1])
+from tests.serving.conftest import ScriptedEngine
+set_up_logging()
+settings = ServerSettings(port=0, limits=Limits(read_seconds=5), grace_seconds=100)
+sys.exit(Server(settings, lambda: ScriptedEngine("word " * 100)).run_until_stopped())
+"""
+SERVE = "import sys; from wrinklefree.cli import serve_main; sys.exit(serve_main(sys.argv[1:]))"
+
+
+def start_process(program: str, *arguments: str) -> "subprocess.Popen[str]":
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", "-c", program, *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def address_of(process: "subprocess.Popen[str]") -> str:
@@ -660,7 +684,8 @@ def address_of(process: "subprocess.Popen[str]") -> str:
 
 
 def test_the_process_serves_the_tiny_model_and_ends_with_0_on_sigterm() -> None:
-    with start_process() as process:
+    flags = ["--model", str(TINY), "--engine", "torch", "--port", "0", "--threads", "1", "--context-length", "256"]
+    with start_process(SERVE, *flags) as process:
         try:
             address = address_of(process)
             until(lambda: httpx2.get(f"{address}/health").status_code == 200, 60)
@@ -690,7 +715,7 @@ def test_the_process_serves_the_tiny_model_and_ends_with_0_on_sigterm() -> None:
 
 
 def test_the_process_survives_abuse_within_bounded_memory() -> None:
-    with start_process("--read-timeout", "1", "--max-queue", "4", "--slots", "2") as process:
+    with start_process(SCRIPTED, str(ROOT)) as process:
         try:
             address = address_of(process)
             until(lambda: httpx2.get(f"{address}/health").status_code == 200, 60)
@@ -698,11 +723,10 @@ def test_the_process_survives_abuse_within_bounded_memory() -> None:
             before = psutil.Process(process.pid).memory_info().rss
             idle = [socket.create_connection(("127.0.0.1", port)) for _ in range(64)]
             with ThreadPoolExecutor(16) as pool:
-                codes = list(pool.map(lambda number: abuse(address, number), range(160)))
+                codes = list(pool.map(lambda number: abuse(address, number), range(80)))
             for connection in idle:
                 connection.close()
-            assert set(codes) <= {200, 400, 413, 415, 429}
-            assert {200, 400, 413, 429} <= set(codes)
+            assert set(codes) == {200, 400, 413}
             assert psutil.Process(process.pid).memory_info().rss - before < 300 * 2**20
             assert httpx2.get(f"{address}/health").status_code == 200
         finally:
@@ -718,22 +742,21 @@ def abuse(address: str, number: int) -> int:
         b'{"prompt": "' + b"x" * 2**21 + b'"}',
         b"\xff" * 1000,
         b"[" * 100_000,
-        b'{"prompt": "' + b"ab " * 300_000 + b'"}',
+        b'{"prompt": "' + b"ab " * 100_000 + b'"}',
     ]
     headers = {"content-type": "application/json"}
     return httpx2.post(f"{address}/v1/completions", content=bodies[number % 5], headers=headers, timeout=60).status_code
 
 
 def test_a_second_signal_ends_the_process_at_once() -> None:
-    with start_process("--grace-period", "100") as process:
+    with start_process(SCRIPTED, str(ROOT)) as process:
         try:
             address = address_of(process)
             until(lambda: httpx2.get(f"{address}/health").status_code == 200, 60)
             port = int(address.rpartition(":")[2])
             body = b'{"prompt": "x", "max_tokens": 250, "temperature": 0}'
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
             with socket.create_connection(("127.0.0.1", port)) as connection:
-                connection.sendall(head % len(body) + body[:-1])  # never complete: the server waits for it
+                connection.sendall(head_of(len(body)) + body[:-1])  # never complete: the server waits for it
                 time.sleep(0.2)
                 process.send_signal(signal.SIGTERM)
                 time.sleep(0.3)

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.serving.conftest import TINY
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
-from tests.serving.conftest import TINY
 from wrinklefree.serving.engine.protocol import Token
 from wrinklefree.serving.text_stream import Finish, Piece, StopStrings, TokenBytes, stream_text
 from wrinklefree.utils.errors import CheckpointError

@@ -35,6 +35,8 @@ KEEP_ALIVE_SECONDS = 10.0
 """A stream without text says so this often, so that proxies do not take it for dead."""
 LOADING_RETRY_SECONDS = 2
 BUSY_RETRY_SECONDS = 1
+PLANNING_AT_ONCE = 2
+"""Requests that are decoded and tokenized at the same time: a large one takes memory and a core."""
 Kind = Literal["chat", "completion"]
 State = Literal["loading", "ready", "stopping"]
 Event = tuple[int, Piece | Finish]
@@ -127,6 +129,7 @@ class Service:
         self.metrics = metrics
         self.state: State = "loading"
         self.slots = Slots(0, settings.max_queue)
+        self.planning = asyncio.Semaphore(PLANNING_AT_ONCE)
         self._loaded: Loaded | None = None
         metrics.watch(
             waiting=lambda: self.slots.waiting,
@@ -182,9 +185,12 @@ class Service:
         echoes: list[str] = []
         if isinstance(request, ChatRequest):
             messages = [message.message() for message in request.messages]
+            self._check_size(loaded, [message.content for message in messages], "messages")
             prompts = [loaded.chat.encode(messages, request.chat_template_kwargs)]
             stops = (*request.stops, *loaded.chat.stops)
         else:
+            for prompt in request.prompts:
+                self._check_size(loaded, [prompt] if isinstance(prompt, str) else [], "prompt")
             prompts = [self._completion_prompt(loaded, prompt) for prompt in request.prompts]
             stops = request.stops
             echoes = [self._echo(loaded, prompt) for prompt in request.prompts] if request.echo else []
@@ -202,6 +208,14 @@ class Service:
             text = stream_text(tokens, loaded.token_bytes, max_tokens=plan.sampling.max_tokens, stops=plan.stops)
             for item in text:
                 yield index, item
+
+    def _check_size(self, loaded: Loaded, texts: list[str], parameter: str) -> None:
+        """Refuse what cannot fit before it is tokenized, which takes a hundred times its size."""
+        least = sum(len(text.encode()) for text in texts) // loaded.token_bytes.longest
+        context = loaded.engine.info.context_length
+        if least >= context:
+            message = f"the prompt has at least {least} tokens; the context of {context} must also hold the answer"
+            raise ApiError(400, message, parameter=parameter, code="context_length_exceeded")
 
     def _completion_prompt(self, loaded: Loaded, prompt: str | list[int]) -> list[int]:
         if isinstance(prompt, str):
@@ -284,7 +298,8 @@ class _Answer(Response):
         started = False
         try:
             loaded = self._service.loaded
-            plan = await asyncio.to_thread(self._service.plan, self._kind, self._body)
+            async with self._service.planning:
+                plan = await asyncio.to_thread(self._service.plan, self._kind, self._body)
             reply = Reply(
                 plan.kind,
                 model=loaded.engine.info.model,

@@ -63,12 +63,15 @@ class Server(uvicorn.Server):
         ):
             raise ConfigError("the API key is empty or holds blanks or control characters; choose another one")
         self.socket = _bind(settings)
+        host, port = self.socket.getsockname()[:2]
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        """The server's URL, such as http://127.0.0.1:8080."""
         self.service = Service(settings.service, Metrics())
         self.failure: BaseException | None = None
         self._grace_seconds = settings.grace_seconds
         self._open_engine = open_engine
         self.loader = threading.Thread(target=self._load, name="load-model", daemon=True)
-        loopback = ipaddress.ip_address(self.socket.getsockname()[0]).is_loopback
+        loopback = ipaddress.ip_address(host).is_loopback
         guard = Guard(
             create_application(self.service),
             limits=settings.limits,
@@ -91,12 +94,6 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=int(settings.grace_seconds) + 5,
             )
         )
-
-    @property
-    def address(self) -> str:
-        """The server's URL, such as http://127.0.0.1:8080."""
-        host, port = self.socket.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run_until_stopped(self) -> int:
         """Serve until a signal; returns the exit code.

@@ -60,6 +60,8 @@ class TokenBytes:
         self.special = {entry["id"]: entry["content"] for entry in description["added_tokens"] if entry["special"]}
         """Control tokens: id -> spelling. They have no text."""
         self._added = {entry["id"]: entry["content"] for entry in description["added_tokens"]}
+        self.longest = max(len(self.spelling_bytes(index)) for index in range(tokenizer.vocab_size))
+        """Bytes of the longest token: a text of n bytes has at least n / longest tokens."""
 
     def text_bytes(self, index: int) -> bytes:
         """What a token adds to a text; nothing for a control token, or an id beyond the vocabulary."""
