@@ -119,7 +119,11 @@ def write_header(tmp_path: Path) -> WriteHeader:
                 writer.add_uint32(key, value)
         writer.add_token_list(["a", "b", "c"])
         writer.add_token_types([1, 1, 3])
-        everything = {"token_embd.weight": np.zeros((3, 32), np.float32)} | (tensors or {})
+        everything = {
+            "token_embd.weight": np.zeros((3, 32), np.float32),
+            "blk.0.attn_norm.weight": np.ones(32, np.float32),
+        }
+        everything |= tensors or {}
         for name, values in everything.items():
             kind = (raw_types or {}).get(name)
             writer.add_tensor(name, values, raw_dtype=kind)

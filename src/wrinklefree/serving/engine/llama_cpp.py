@@ -18,6 +18,8 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from wrinklefree.serving.engine import llama_cpp_probe
 from wrinklefree.serving.engine.completions import CompletionReader, Undecided, Vocabulary, completion_body, error_text
 from wrinklefree.serving.engine.protocol import EngineInfo, Sampling, Token
 from wrinklefree.serving.engine.requests import Request, WorkerPool, check_request, close_at_exit, end_tokens_of
@@ -36,6 +39,8 @@ logger = logging.getLogger(__name__)
 
 PROMPT_CHUNK = 512
 """Prompt tokens a batch: the longest that cancelling takes to be seen."""
+PROBE_SECONDS = 300.0
+"""Longest that mapping a file and building a small context may take."""
 _ERRORS_ONLY, _EVERYTHING = 1, 4
 """llama.cpp's verbosity; errors go to standard error."""
 _LONGEST_SOCKET = 100
@@ -66,8 +71,7 @@ class LlamaCppEngine:
         """Load the file; returns when it is ready.
 
         Args:
-            path: A file whose header was found to be one that llama.cpp runs (`choose`): it aborts the process on some
-                broken ones.
+            path: A GGUF file. A process of its own tries it first, because llama.cpp aborts on some broken ones.
             tokenizer: The file's tokenizer.
             name: What /v1/models calls it.
             context_length: Most tokens of a prompt and its continuation; memory for it is taken for every slot at once.
@@ -80,6 +84,7 @@ class LlamaCppEngine:
         """
         if not is_installed():
             raise EngineError("the package xllamacpp is not installed; install it, or take --engine torch")
+        _try_to_load(path)
         self._tokenizer = tokenizer
         self._vocabulary = Vocabulary(tokenizer)
         self._end_tokens = end_tokens_of(tokenizer, end_tokens)
@@ -90,7 +95,8 @@ class LlamaCppEngine:
         except RuntimeError as error:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise EngineError(
-                f"llama.cpp does not load {path} ({_one_line(error)}); its own message is on standard error"
+                f"llama.cpp does not load {path} with {slots} slots of {context_length} tokens, though it does with "
+                f"little memory ({_one_line(error)}); ask for fewer slots or a shorter context"
             ) from error
         self._closing = threading.Lock()
         self._pool = WorkerPool(slots, self._work, name="llama.cpp")
@@ -214,6 +220,33 @@ class LlamaCppEngine:
         return reply
 
 
+def _try_to_load(path: Path) -> None:
+    """Load a file in another process.
+
+    Raises:
+        EngineError: that process died or refused; with what llama.cpp said.
+    """
+    spec = importlib.util.find_spec("xllamacpp")
+    assert spec is not None
+    assert spec.origin is not None
+    # Isolated: this folder must not be on its path, where `requests` would be ours.
+    command = [sys.executable, "-I", llama_cpp_probe.__file__, str(path), str(Path(spec.origin).parents[1])]
+    environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, env=environment, check=False
+        )
+    except subprocess.TimeoutExpired as error:
+        raise EngineError(f"llama.cpp has not loaded {path} after {PROBE_SECONDS:.0f} s; is its disk slow?") from error
+    if result.returncode == 0:
+        return
+    lines = result.stderr.decode("utf-8", errors="replace").splitlines()
+    telling = [line for line in lines if "error loading model:" in line or "GGML_ASSERT" in line] or lines[-1:]
+    said = telling[0].rpartition("error loading model:")[2].strip() if telling else "it said nothing"
+    what = f"died of signal {-result.returncode} on" if result.returncode < 0 else "does not load"
+    raise EngineError(f"llama.cpp {what} {path} ({said}); write the file again, or take --engine torch")
+
+
 def _start(path: Path, folder: Path, context_length: int, slots: int, threads: int | None) -> Any:
     """Load a model and start its loop."""
     xllamacpp: Any = importlib.import_module("xllamacpp")
@@ -240,7 +273,10 @@ def _start(path: Path, folder: Path, context_length: int, slots: int, threads: i
     if threads is not None:
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     with _signal_handlers_kept():
-        return xllamacpp.Server(params)
+        server = xllamacpp.Server(params)
+    # Destroying a server whose loop has not begun waits for ever; after one answer it has.
+    server.handle_completions({"prompt": [0], "n_predict": 1})
+    return server
 
 
 @contextmanager

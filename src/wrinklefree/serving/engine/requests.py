@@ -144,13 +144,14 @@ class TokenStream(Iterator[Token]):
         except BaseException:
             self._over = True
             raise
-        if token is None or self._request.cancelled:
+        if token is None or self._over:
             self._over = True
             raise StopIteration
         return token
 
     def close(self) -> None:
         """Give the request up; a reader that waits in another thread sees the end."""
+        self._over = True
         self._request.cancel()
 
     def __enter__(self) -> "TokenStream":

@@ -87,6 +87,9 @@ def _layout_of_another_cpu(file: GGUFFile) -> bool:
     return layout is not None and layout != cpu_family()
 
 
+MOST_BLOCKS = 512
+"""llama.cpp aborts above."""
+
 FEATURES: tuple[Feature, ...] = (
     Feature(
         "the norms inside projections (attn_output_norm_in, ...) of BitNet.cpp", _any_tensor("_norm_in.weight"), _BITNET
@@ -163,6 +166,9 @@ def check_header(file: GGUFFile) -> None:
     for key in (f"{name}.{size}" for size in sizes):
         if not 0 < file.integer(key) < 1 << 31:
             raise CheckpointError(f"{file.path} is damaged: {key} is {file.integer(key)}; write it again")
+    blocks, count = _blocks(file), file.integer(f"{name}.block_count")
+    if count > MOST_BLOCKS or blocks - {str(index) for index in range(count)} or len(blocks) != count:
+        raise CheckpointError(f"{file.path} is damaged: it announces {count} blocks and has {len(blocks)}")
     heads, hidden = file.integer(f"{name}.attention.head_count"), file.integer(f"{name}.embedding_length")
     groups = file.integer(f"{name}.attention.head_count_kv")
     if groups <= 0 or heads % groups or (hidden % heads and f"{name}.attention.key_length" not in file.metadata):
@@ -179,6 +185,11 @@ def check_header(file: GGUFFile) -> None:
             f"{file.path} is damaged: the embedding is {list(shape)}, for {len(words)} tokens ({len(types)} types) of "
             f"{hidden} dimensions"
         )
+
+
+def _blocks(file: GGUFFile) -> set[str]:
+    """The numbers of the blocks that have tensors."""
+    return {name.split(".", 2)[1] for name in file.tensors if name.startswith("blk.")}
 
 
 def name_of(path: Path, file: GGUFFile | None = None) -> str:
