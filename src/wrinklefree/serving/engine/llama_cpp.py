@@ -232,12 +232,18 @@ def _try_to_load(path: Path) -> None:
     # Isolated: this folder must not be on its path, where `requests` would be ours.
     command = [sys.executable, "-I", llama_cpp_probe.__file__, str(path), str(Path(spec.origin).parents[1])]
     environment = os.environ | {"GGML_NO_BACKTRACE": "1"}
-    try:
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PROBE_SECONDS, env=environment, check=False
-        )
-    except subprocess.TimeoutExpired as error:
-        raise EngineError(f"llama.cpp has not loaded {path} after {PROBE_SECONDS:.0f} s; is its disk slow?") from error
+    with tempfile.TemporaryDirectory(prefix="wrinklefree-") as folder:
+        try:
+            result = subprocess.run(
+                [*command, folder],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=PROBE_SECONDS,
+                env=environment,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise EngineError(f"llama.cpp has not loaded {path} in {PROBE_SECONDS:.0f} s; is its disk slow?") from error
     if result.returncode == 0:
         return
     lines = result.stderr.decode("utf-8", errors="replace").splitlines()
