@@ -46,16 +46,7 @@ class FactsSource(Config):
     weight: float = Field(default=1.0, gt=0)
 
 
-class LookupsSource(Config):
-    """Generated statements, each repeated further on: text that teaches to look up what the context says."""
-
-    kind: Literal["lookups"] = "lookups"
-    weight: float = Field(default=1.0, gt=0)
-
-
-TextSource = Annotated[
-    HubSource | PackagedSource | LocalSource | FactsSource | LookupsSource, Field(discriminator="kind")
-]
+TextSource = Annotated[HubSource | PackagedSource | LocalSource | FactsSource, Field(discriminator="kind")]
 
 
 class PretrainData(Config):

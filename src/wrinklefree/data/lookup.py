@@ -5,7 +5,6 @@ What it exercises (attention to the context) is what ternary weights damage, and
 
 import random
 from dataclasses import dataclass
-from functools import cache
 from types import MappingProxyType
 
 from wrinklefree.data.splits import Split
@@ -20,7 +19,6 @@ _THINGS = (
 )  # fmt: skip
 _EXAMPLES = MappingProxyType({"train": 3000, "validation": 300, "test": 600})
 _FEWEST, _MOST = 3, 6
-_DOCUMENTS_AN_EPOCH = 2000
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,6 @@ class Lookup:
     answer: int
 
 
-@cache
 def lookups(split: Split) -> list[Lookup]:
     """Examples of a split; no context of one split occurs in another."""
     generator = random.Random(f"in-context lookup {GENERATOR_VERSION}")
@@ -47,25 +44,6 @@ def lookups(split: Split) -> list[Lookup]:
                 found.append(drawn)
         by_split[name] = found
     return by_split[split]
-
-
-def repeated_statements(seed: int, epoch: int) -> list[str]:
-    """Text for pretraining: statements in one order, then the same in another. No validation or test context occurs."""
-    generator = random.Random(f"repeated statements {seed}/{epoch}")
-    kept_out = {found.context for split in ("validation", "test") for found in lookups(split)}
-    documents: list[str] = []
-    while len(documents) < _DOCUMENTS_AN_EPOCH:
-        context = _draw(generator).context
-        if context not in kept_out:
-            statements = context.replace(". ", ".|").split("|")
-            order = sorted(range(len(statements)), key=lambda _: generator.random())
-            documents.append(" ".join([context, *(statements[place] for place in order)]))
-    return documents
-
-
-def lookups_identity() -> str:
-    """Identity of everything that is generated here."""
-    return f"lookups version {GENERATOR_VERSION}"
 
 
 def _draw(generator: random.Random) -> Lookup:

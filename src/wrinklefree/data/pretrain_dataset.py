@@ -19,14 +19,12 @@ from wrinklefree.data.config import (
     FactsSource,
     FinetuneData,
     HubSource,
-    LookupsSource,
     PackingConfig,
     PretrainData,
     TextSource,
 )
 from wrinklefree.data.facts import biographies
 from wrinklefree.data.hub import open_hub_stream, text_of
-from wrinklefree.data.lookup import repeated_statements
 from wrinklefree.data.packing import Piece, Row, collate, pack_whole
 from wrinklefree.data.sources import load_documents, open_reader, source_fingerprint, source_name, training_part
 from wrinklefree.data.splits import hash_share, split_by_hash
@@ -96,8 +94,6 @@ def training_documents(config: PretrainData) -> Iterator[str]:
         if isinstance(source, FactsSource):
             for epoch in range(TOKENIZER_BIOGRAPHY_EPOCHS):
                 yield from biographies(index, epoch)
-        elif isinstance(source, LookupsSource):
-            yield from repeated_statements(index, 0)
         elif isinstance(source, HubSource):
             reader = open_reader(source, seed=0, held_out_percent=config.held_out_percent)
             yield from reader.read(TOKENIZER_HUB_DOCUMENTS)
@@ -113,7 +109,7 @@ def held_out_documents(config: PretrainData, split: str) -> list[str]:
     by_source = [
         (source.weight, sorted(_held_out_of(source, config.held_out_percent, split), key=hash_share))
         for source in config.sources
-        if not isinstance(source, FactsSource | LookupsSource)
+        if not isinstance(source, FactsSource)
     ]
     return list(_interleave(by_source))
 
@@ -178,7 +174,7 @@ def _held_out_of(source: TextSource, percent: float, split: str) -> list[str]:
     if isinstance(source, HubSource):
         rows = islice(open_hub_stream(source), HUB_SCANNED_DOCUMENTS)
         documents = (text_of(row, source.text_column, source_name(source)) for row in rows)
-    elif isinstance(source, FactsSource | LookupsSource):
+    elif isinstance(source, FactsSource):
         return []
     else:
         documents = load_documents(source)

@@ -12,12 +12,11 @@ from typing import Any, Protocol
 import numpy as np
 from httpx2 import HTTPError
 
-from wrinklefree.data.config import FactsSource, HubSource, LocalSource, LookupsSource, PackagedSource, TextSource
+from wrinklefree.data.config import FactsSource, HubSource, LocalSource, PackagedSource, TextSource
 from wrinklefree.data.corpora import corpus_fingerprint, load_corpus
 from wrinklefree.data.facts import biographies, facts_fingerprint
 from wrinklefree.data.hub import ResumableStream, hub_revision, open_hub_stream, text_of
 from wrinklefree.data.local_files import load_local, local_fingerprint
-from wrinklefree.data.lookup import lookups_identity, repeated_statements
 from wrinklefree.data.splits import split_by_hash
 from wrinklefree.utils.errors import DataError, NetworkError
 
@@ -165,8 +164,6 @@ def open_reader(source: TextSource, *, seed: int, held_out_percent: float) -> Do
         return StreamReader(lambda: open_hub_stream(source), source.text_column, held_out_percent, source_name(source))
     if isinstance(source, FactsSource):
         return FiniteReader(lambda epoch: biographies(seed, epoch), seed)
-    if isinstance(source, LookupsSource):
-        return FiniteReader(lambda epoch: repeated_statements(seed, epoch), seed)
     documents = training_part(load_documents(source), held_out_percent, source_name(source))
     return FiniteReader(lambda _: documents, seed)
 
@@ -177,8 +174,6 @@ def source_name(source: TextSource) -> str:
         return f"hub dataset {source.path}"
     if isinstance(source, LocalSource):
         return f"data source path={source.path}"
-    if isinstance(source, LookupsSource):
-        return "generated lookups"
     return "generated facts" if isinstance(source, FactsSource) else f"packaged corpus {source.name}"
 
 
@@ -189,8 +184,6 @@ def source_fingerprint(source: TextSource) -> str:
         return f"{source.path}/{source.name}/{source.split}/{source.text_column}@{commit}"
     if isinstance(source, LocalSource):
         return local_fingerprint(source)
-    if isinstance(source, LookupsSource):
-        return lookups_identity()
     return facts_fingerprint() if isinstance(source, FactsSource) else corpus_fingerprint(source.name)
 
 
