@@ -56,9 +56,9 @@ class DataInfCalculator:
         lambda_val: Damping of the curvature, in units of a layer's mean squared gradient norm. Small trusts the
             estimated curvature, large ignores it; the scores "datainf" and "exact" use it, "dot" does not.
         score: "exact", "datainf" or "dot", see `cheapertraining.scores`. The default is the inverse that DataInf
-            approximates: with group gradients it costs the same, and it ranked sources better (README, "Proofs").
+            approximates: with group gradients it costs the same (what separates them: README, "Proofs").
         projection_size: k; gradients cost k * k floats a layer.
-        groups: Groups that a source's rows are dealt into on each rank, at least two.
+        groups: Groups that a source's rows are dealt into on each rank, at least two. Every rank holds those of all ranks.
         choose: Which linear layers; by default all but output heads.
         layer_input: For layers that transform their input, see `GradientProjector`.
         seed: Of the random projections; every update draws its own from it.
