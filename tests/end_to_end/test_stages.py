@@ -12,7 +12,9 @@ from wrinklefree.cli import train_main
 from wrinklefree.data.tokens import start_token_id
 from wrinklefree.models.artifact import read_artifact
 from wrinklefree.models.bitlinear import quantization_of
+from wrinklefree.models.gguf_weights import load_gguf_model
 from wrinklefree.models.records import Batch
+from wrinklefree.quantization.weight_quant import ternarize
 
 SHORT = ["training.batch_size=4", "training.max_seq_length=64"]
 STEPS = ["training.gradient_accumulation_steps=1", "training.max_steps=3", "training.evaluation.max_tokens=500"]
@@ -158,6 +160,13 @@ def test_the_pipeline_trains_every_arm_once(
     assert final.lineage["stage"] == "stage3"
     control = read_artifact(report["paths"]["control"])
     assert [stage for stage, _ in control.lineage["ancestors"]] == ["fp_pretrain", "fp_sft"]
+    assert report["export"]["path"] == str(outputs / "pipeline_tiny" / "model.gguf")
+    assert "serve.py --model" in (outputs / "pipeline_tiny" / "report" / "report.md").read_text()
+    loaded, _ = load_gguf_model(outputs / "pipeline_tiny" / "model.gguf")
+    trained = final.load_model()
+    for name, weight in loaded.named_parameters():
+        if name.endswith("_proj.weight"):
+            assert torch.equal(weight.sign(), ternarize(trained.get_parameter(name)).codes)
 
     caplog.clear()
     run(*command)

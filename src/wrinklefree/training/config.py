@@ -184,6 +184,8 @@ class PipelineConfig(Config):
     """Train the full-precision control, the naive ternary model and BitNet-SFT too, for the table."""
     evaluation_tokens: int = Field(default=50_000, ge=1)
     """Held-out test tokens of the table."""
+    export: bool = True
+    """End with a verified GGUF file of the ternary model and a sample from the engine that serves it."""
     lr: float | None = Field(default=None, gt=0)
     """This key and those below, given on a pipeline's command, go to every step that has them."""
     batch_size: int | None = Field(default=None, ge=1)

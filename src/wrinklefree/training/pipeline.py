@@ -18,16 +18,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from wrinklefree.composition import compose_step
 from wrinklefree.data.config import FinetuneData
 from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.plan import StagePlan, base_input, combined_fingerprint, plan_stage, steps_for
-from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.errors import ConfigError, WrinkleFreeError
 from wrinklefree.utils.manifest import MANIFEST
 from wrinklefree.utils.run_manager import point
+
+if TYPE_CHECKING:
+    from wrinklefree.training.export import Export
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ WIRING: dict[str, tuple[str, str | None]] = {
 """Step -> (the step it starts from, the step that teaches it), in the order in which they run."""
 
 CONTROL_STEPS = ("bitnet_sft", "control_pretrain", "control")
+GGUF = "model.gguf"
 TASK_STEPS = ("teacher", "bitnet_sft", "stage3", "control")
 TEXT_STEPS = ("stage1_9", "stage2", "control_pretrain")
 
@@ -137,9 +141,12 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
     whole = summary.is_file() and all(
         (step.artifact / MANIFEST).is_file() for plan in plans for step in plan.steps.values()
     )
-    if whole and config.resume.skip_completed and not config.skip_recovery:
+    exported = not config.training.export or (folder / GGUF).is_file()
+    if whole and exported and config.resume.skip_completed and not config.skip_recovery:
         point(final, last.artifact)
         point(pipeline_folder(config) / "report", folder)
+        if config.training.export:
+            point(pipeline_folder(config) / GGUF, folder / GGUF)
         logger.info("the whole job is already complete; its report is %s", folder / "report.md")
         logger.info("%s", (folder / "table.txt").read_text())
         return
@@ -161,15 +168,41 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
         outcomes.append(evaluate_arms(config, plan.steps, {name: r.tokens for name, r in results.items()}))
         seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - evaluation_started
     point(final, last.artifact)
+    export: Export | None = None
+    problem: WrinkleFreeError | None = None
+    if config.training.export:
+        logger.info("== writing the ternary model as a GGUF file")
+        export_started = time.perf_counter()
+        prompts = [prompt for arm, prompt, _ in outcomes[-1].samples if arm == "BitDistill"]
+        try:
+            export = _export(config, last.artifact, folder, prompts)
+        except WrinkleFreeError as error:
+            # Hours of training end in a report whatever becomes of the file; the error comes after it.
+            problem = error
+        seconds["export"] = time.perf_counter() - export_started
     report = Report(
         config=config,
         outcomes=outcomes,
         seconds=seconds,
         total_seconds=sum(seconds.values()),
         paths={name: step.artifact for name, step in plans[-1].steps.items()} | {"final": final},
+        export=export,
     )
     write_report(report, folder)
     point(pipeline_folder(config) / "report", folder)
+    if problem is not None:
+        raise problem
+
+
+def _export(config: RunConfig, artifact: Path, folder: Path, prompts: Sequence[str]) -> "Export":
+    from wrinklefree.training.export import export_model
+    from wrinklefree.training.report import SAMPLE_TOKENS
+
+    folder.mkdir(parents=True, exist_ok=True)
+    link = pipeline_folder(config) / GGUF
+    export = export_model(artifact, folder / GGUF, shown_as=link, prompts=prompts, max_tokens=SAMPLE_TOKENS)
+    point(link, folder / GGUF)
+    return export
 
 
 def _refuse_endless_cpu_job(config: RunConfig, plans: Sequence[PipelinePlan]) -> None:

@@ -30,6 +30,7 @@ from wrinklefree.training.comparison import (
 from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
 from wrinklefree.training.device import choose_compute
 from wrinklefree.training.evaluation import LanguageScore, TaskScore, fully_quantized, score_language, score_task
+from wrinklefree.training.export import Export
 from wrinklefree.training.plan import StagePlan
 from wrinklefree.training.plots import Bar, draw_bars
 from wrinklefree.utils.storage import atomic_write
@@ -84,6 +85,7 @@ class Report:
     seconds: Mapping[str, float]
     total_seconds: float
     paths: Mapping[str, Path]
+    export: Export | None = None
 
 
 def model_size(model: CausalLM, *, ternary: bool) -> ModelSize:
@@ -302,7 +304,7 @@ def write_report(report: Report, folder: Path) -> None:
         "lambda = 1 and full SubLN strength. Ternary sizes count 2 bits a block weight and 16 bits elsewhere, full-"
         f"precision sizes 16 bits.\n\n{summary}\n\n{meanings}\n\n![bits per byte](bits_per_byte.png) ![task](task.png)"
         f"\n\n## Time\n\n| part | seconds |\n|---|---|\n{timing}\n| all | {report.total_seconds:.1f} |\n\n## Artifacts\n\n"
-        f"{paths}\n\n## Samples (greedy)\n\n{samples}\n",
+        f"{paths}\n\n{_render_export(report.export)}## Samples (greedy)\n\n{samples}\n",
     )
     atomic_write(folder / "report.json", json.dumps(_record(report, rows), indent=1) + "\n")
     for line in summary.splitlines():
@@ -316,6 +318,20 @@ def write_report(report: Report, folder: Path) -> None:
     )
     logger.info("report: %s", folder / "report.md")
     logger.info("ternary model: %s", report.paths["final"])
+    if report.export is not None:
+        for prompt, continuation in report.export.samples:
+            logger.info("sample of %s: %s ... %s", report.export.engine, _quote(prompt), _quote(continuation))
+        for line in report.export.lines():
+            logger.info("%s", line)
+
+
+def _render_export(export: Export | None) -> str:
+    """The section about the GGUF file; empty where none was written."""
+    if export is None:
+        return ""
+    lines = "\n".join(f"- {line}" for line in export.lines())
+    samples = "\n\n".join(f"> {_quote(prompt)} **{_quote(text)}**" for prompt, text in export.samples)
+    return f"## GGUF\n\n{lines}\n\nGreedy, from {export.engine}:\n\n{samples}\n\n"
 
 
 def _record(report: Report, rows: Sequence[Row]) -> dict[str, Any]:
@@ -325,6 +341,7 @@ def _record(report: Report, rows: Sequence[Row]) -> dict[str, Any]:
         "seconds": dict(report.seconds),
         "total_seconds": report.total_seconds,
         "paths": {name: str(path) for name, path in report.paths.items()},
+        "export": None if report.export is None else report.export.record(),
     }
 
 
