@@ -18,6 +18,7 @@ from wrinklefree.training.evaluation import (
     macro_f1,
     macro_f1_interval,
     score_language,
+    score_responses,
 )
 from wrinklefree.utils.errors import DataError
 
@@ -130,3 +131,28 @@ def test_interval_of_macro_f1_holds_the_score_and_shrinks_with_examples() -> Non
 def test_macro_f1_interval_of_perfect_predictions_is_one() -> None:
     interval = macro_f1_interval([0, 1, 2] * 10, [0, 1, 2] * 10)
     assert interval.low == interval.high == 1.0
+
+
+def test_responses_are_scored_from_the_prompt_on_in_bits_of_their_bytes() -> None:
+    from wrinklefree.data.finetune_dataset import encode_examples
+    from wrinklefree.data.tasks import Example, Task
+    from wrinklefree.utils.tokenizer import train_tokenizer
+
+    words = ["the ship sails home", "the lamp is lit", "a river keeps its bed"]
+    tokenizer = train_tokenizer(words * 5, 280)
+    task = Task("short", "generation", "rouge_l", (), lambda _: [], lambda: "v1")
+    examples = [Example("Say: ", word, "\nSo:", f" {word.split()[-1]}") for word in words]
+    architecture = ARCHITECTURE.model_copy(update={"vocab_size": 280})
+    torch.manual_seed(1)
+    trained = CausalLM(architecture)
+    score = score_responses(trained, tokenizer, task, examples, max_seq_length=32, compute=CPU, rows_per_batch=2)
+    for piece, bits, size, word in zip(
+        encode_examples(task, examples, tokenizer, 32), score.document_bits, score.document_bytes, words, strict=True
+    ):
+        ids = torch.from_numpy(piece.tokens).long()[None]
+        with torch.no_grad():
+            logits = trained(Batch(ids, ids, torch.arange(ids.shape[1])[None], torch.ones_like(ids))).logits()[0]
+        labels = torch.from_numpy(piece.labels).long()
+        expected = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        assert bits * math.log(2) == pytest.approx(float(expected), rel=1e-4)
+        assert size == len(f" {word.split()[-1]}".encode())

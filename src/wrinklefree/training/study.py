@@ -31,7 +31,7 @@ from wrinklefree.training.device import (
     measured_flops_per_second,
     training_flops,
 )
-from wrinklefree.training.evaluation import score_language, score_task
+from wrinklefree.training.evaluation import LanguageScore, score_language, score_responses, score_task
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, base_input, plan_stage, steps_for
 from wrinklefree.training.run import run_stage
@@ -59,6 +59,7 @@ logger = logging.getLogger(__name__)
 SCORING_VERSION = 1
 """Part of a result's identity: raise it when scores of the same model would change."""
 LOG_INTERVAL = 100
+RESPONSE_BITS = "response_bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ class Study:
         """Run every rate, keep the one with the best validation score."""
         step = self.study.steps[name]
         tried: list[tuple[Cell, float | None, str]] = []
-        metric = step.select
+        metric = ""
         for rate in step.rates:
             cell = self.plan(name, seed, rate)
             try:
@@ -273,7 +274,7 @@ class Study:
         worked = [(value, cell) for cell, value, _ in tried if value is not None]
         if not worked:
             raise StudyFailure(f"every rate of {name} failed; the first: {tried[0][2]}")
-        pick = max if step.select == "task" else min
+        pick = min if metric.endswith("bits_per_byte") else max
         best = pick(worked, key=lambda found: found[0])[1]
         assert best.rate is not None
         self.chosen[name] = best.rate
@@ -360,26 +361,30 @@ def scoring_rows(scoring: ScoringConfig, tokenizer: TextTokenizer) -> HeldOut:
 
 def text_measures(model: CausalLM, held_out: HeldOut, compute: Compute) -> list[Measure]:
     """Bits per byte, by document."""
-    score = score_language(model, held_out, compute)
-    return [
-        Measure(
-            metric="bits_per_byte",
-            lower_is_better=True,
-            value=score.bits_per_byte,
-            low=score.interval.low,
-            high=score.interval.high,
-            items=score.document_bits,
-            weights=tuple(float(size) for size in score.document_bytes),
-        )
-    ]
+    return [_bits_measure("bits_per_byte", score_language(model, held_out, compute))]
+
+
+def _bits_measure(metric: str, score: LanguageScore) -> Measure:
+    return Measure(
+        metric=metric,
+        lower_is_better=True,
+        value=score.bits_per_byte,
+        low=score.interval.low,
+        high=score.interval.high,
+        items=score.document_bits,
+        weights=tuple(float(size) for size in score.document_bytes),
+    )
 
 
 def task_measures(
     model: CausalLM, tokenizer: TextTokenizer, task: Task, max_examples: int | None, max_seq_length: int,
     compute: Compute,
 ) -> list[Measure]:  # fmt: skip
-    """The task's metric by example, and macro-F1 of a classification."""
+    """The metric by example and macro-F1 of a classification; bits per byte of the references of a generation."""
     examples = task.load("test")[:max_examples]
+    if task.kind == "generation":
+        responses = score_responses(model, tokenizer, task, examples, max_seq_length=max_seq_length, compute=compute)
+        return [_bits_measure(f"{task.name} {RESPONSE_BITS}", responses)]
     score = score_task(model, tokenizer, task, examples, max_seq_length=max_seq_length, compute=compute)
     measures = [
         Measure(
@@ -409,6 +414,8 @@ def task_measures(
 def validation_score(cell: Cell, step: StepConfig) -> tuple[str, float]:
     """Name and value of the score that chooses a rate: from the run's last validation.
 
+    Of a generation task, whose validation would be generated text, the reference responses are scored here.
+
     Raises:
         StudyFailure: the run validated nothing of that kind.
     """
@@ -418,10 +425,24 @@ def validation_score(cell: Cell, step: StepConfig) -> tuple[str, float]:
     if step.select == "task" and isinstance(cell.plan.config.data, FinetuneData):
         task = get_task(cell.plan.config.data.task)
         name = f"{task.name} {task.metric}"
+        if task.kind == "generation":
+            return f"{task.name} {RESPONSE_BITS}", _response_bits(cell, task)
     value = scores.get(name)
     if value is None:
         raise StudyFailure(f"no validation score {name!r}; it has {', '.join(scores) or 'none'}")
     return name, value
+
+
+def _response_bits(cell: Cell, task: Task) -> float:
+    """Bits per byte of the validation split's reference responses."""
+    artifact, training = read_artifact(cell.plan.artifact), cell.plan.config.training
+    assert isinstance(training, StageConfig)
+    compute = choose_compute(training.dtype)
+    score = score_responses(
+        artifact.load_model(compute.device), artifact.load_tokenizer(), task, task.load("validation"),
+        max_seq_length=training.max_seq_length, compute=compute,
+    )  # fmt: skip
+    return score.bits_per_byte
 
 
 def score_identity(cell: Cell, scoring: ScoringConfig) -> str:

@@ -37,7 +37,8 @@ class StepConfig(Config):
     rate_of: str | None = None
     """Take the rate that was chosen for this other step, where a grid of one's own would cost too much."""
     select: Literal["bits_per_byte", "task"] = "bits_per_byte"
-    """Validation score that chooses the rate: the lowest bits per byte, or the highest metric of the task."""
+    """Validation score that chooses the rate: the lowest bits per byte of text, or the best metric of the task (of a
+    generation task, the lowest bits per byte of its reference responses)."""
 
 
 class ArmConfig(Config):

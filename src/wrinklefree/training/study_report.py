@@ -146,7 +146,7 @@ def close_gap(study: StudyConfig, scores: ByArm, arm: str) -> GapClosure | None:
         return [scores[name][seed].errors for seed in shared]
 
     first = scores[arm][shared[0]]
-    smallest = SMALLEST_GAP_BITS if first.metric == "bits_per_byte" else SMALLEST_GAP_ACCURACY
+    smallest = SMALLEST_GAP_BITS if first.lower_is_better else SMALLEST_GAP_ACCURACY
     return gap_closure_over_seeds(
         errors(study.baseline), errors(arm), errors(control), first.weights, smallest_gap=smallest
     )
@@ -352,7 +352,7 @@ def draw_plots(study: StudyConfig, results: Sequence[ArmResult], folder: Path) -
 
 
 def _formatter(metric: str) -> Callable[[float], str]:
-    if metric == "bits_per_byte":
+    if metric.endswith("bits_per_byte"):
         return lambda value: f"{value:.4f}"
     return lambda value: f"{100 * value:.1f}"
 
