@@ -24,7 +24,7 @@ from wrinklefree.models.gguf_names import separate_rotary_pairs
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.padding import Padding
 from wrinklefree.models.weights import EMBEDDING, HEAD, assemble
-from wrinklefree.quantization.weight_quant import ternarize
+from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.utils.errors import CheckpointError
 from wrinklefree.utils.gguf import GGUFFile, read_gguf
 from wrinklefree.utils.tokenizer import TextTokenizer
@@ -54,7 +54,10 @@ def load_gguf_model(path: str | Path) -> tuple[CausalLM, TextTokenizer]:
         model = assemble(architecture, None, tensors_from_gguf(file, architecture), source=str(path))
     else:
         architecture, bitnet = config_from_gguf(file)
-        tensors = _exported_tensors(file, architecture, bitnet)
+        tensors = (
+            (name, latent_weight(values.codes, float(values.scale)) if isinstance(values, Ternary) else values)
+            for name, values in exported_tensors(file, architecture, bitnet)
+        )
         model = assemble(architecture, bitnet, tensors, source=str(path))
     return model, TextTokenizer.from_gguf(file)
 
@@ -167,10 +170,13 @@ def latent_weight(codes: Tensor, scale: float) -> Tensor:
     return values.mul_(magnitude * scale / found)
 
 
-def _exported_tensors(
+def exported_tensors(
     file: GGUFFile, architecture: Architecture, bitnet: BitNetSpec | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Our names and unpadded tensors of a file of ours; what it does not explain keeps its name and is refused later."""
+) -> Iterator[tuple[str, Tensor | Ternary]]:
+    """Our names and unpadded tensors of a file of ours, ternary weights as codes and scale, one at a time.
+
+    What the file does not explain keeps its name and is refused later.
+    """
     stored_architecture = file.text("general.architecture")
     padding = padding_of(file, architecture)
     placement = "none" if bitnet is None else bitnet.placement
@@ -194,7 +200,7 @@ def _exported_tensors(
         tensor = torch.from_numpy(values)
         if name != stored:
             tensor = _unpadded(file, padding, name, tensor)
-        yield name, tensor if scale is None else latent_weight(tensor, scale)
+        yield name, tensor if scale is None else Ternary(tensor, torch.tensor(scale, dtype=torch.float32))
 
 
 def _unpadded(file: GGUFFile, padding: Padding, name: str, tensor: Tensor) -> Tensor:

@@ -1,0 +1,44 @@
+"""Artifacts and GGUF files into the engine's packed form, one tensor at a time: peak memory is the packed model's."""
+
+from pathlib import Path
+
+from wrinklefree.models.artifact import WEIGHTS, read_artifact
+from wrinklefree.models.config import BitNetSpec
+from wrinklefree.models.gguf_weights import CONFIG_KEY, config_from_gguf, exported_tensors
+from wrinklefree.models.weights import read_safetensors
+from wrinklefree.serving.engine.native.model import HeadType, PackedModel
+from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.gguf import GGUFFile, read_gguf
+from wrinklefree.utils.tokenizer import TextTokenizer
+
+
+def load_packed(path: Path, head: HeadType = "int8") -> tuple[PackedModel, TextTokenizer]:
+    """Model and tokenizer of a GGUF file of ours, an artifact, or the newest artifact of a stage's folder.
+
+    Raises:
+        CheckpointError: the model is damaged.
+        ConfigError: it is full precision, or a GGUF file that our converter did not write.
+    """
+    if path.is_file():
+        return _load_gguf(read_gguf(path), head)
+    artifact = read_artifact(path)
+    bitnet = _ternary(path, artifact.bitnet)
+    tensors = read_safetensors([artifact.folder / WEIGHTS])
+    return PackedModel.from_tensors(artifact.architecture, bitnet, tensors, head), artifact.load_tokenizer()
+
+
+def _load_gguf(file: GGUFFile, head: HeadType) -> tuple[PackedModel, TextTokenizer]:
+    if CONFIG_KEY not in file.metadata:
+        raise ConfigError(
+            f"{file.path} was not written by wrinklefree; the CPU engine reads our own files, use llama.cpp"
+        )
+    architecture, bitnet = config_from_gguf(file)
+    tensors = exported_tensors(file, architecture, _ternary(file.path, bitnet))
+    packed = PackedModel.from_tensors(architecture, _ternary(file.path, bitnet), tensors, head)
+    return packed, TextTokenizer.from_gguf(file)
+
+
+def _ternary(path: Path, bitnet: BitNetSpec | None) -> BitNetSpec:
+    if bitnet is None:
+        raise ConfigError(f"{path} holds a full-precision model and the CPU engine runs ternary ones; use torch")
+    return bitnet
