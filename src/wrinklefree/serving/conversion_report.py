@@ -4,7 +4,6 @@ import shlex
 
 from wrinklefree.models.padding import Padding
 from wrinklefree.serving.converter import Conversion
-from wrinklefree.serving.verification import Verification
 from wrinklefree.utils.storage import format_size
 
 
@@ -22,7 +21,7 @@ def describe(conversion: Conversion) -> str:
             f"projections {format_size(conversion.projection_bytes)} (F16: {format_size(conversion.projection_bytes_f16)}, "
             f"{ratio:.1f}x), file {format_size(conversion.file_bytes)} (F16: {format_size(conversion.file_bytes_f16)})",
         ),
-        ("verified", _verification(conversion.verification)),
+        ("verified", "no (--no-verify)" if conversion.verification is None else conversion.verification.line()),
         *(("note", note) for note in conversion.notes),
         ("serve", f"uv run python scripts/serve.py --model {shlex.quote(str(conversion.path))} --port 8080"),
     ]
@@ -51,19 +50,3 @@ def _sizes(padding: Padding) -> str:
         ("key-value heads", old.num_key_value_heads, padding.num_key_value_heads),
     )
     return ", ".join(f"{name} {before} to {after}" for name, before, after in pairs if before != after)
-
-
-def _verification(found: Verification | None) -> str:
-    if found is None:
-        return "no (--no-verify)"
-    text = f"{found.tensors} tensors read back"
-    if found.ternary_tensors:
-        text += f"; all {found.codes} codes equal, scales within {found.largest_scale_error:.1e}"
-    if found.runtime is None:
-        return f"{text}; not run: {found.runtime_skipped}"
-    runtime = found.runtime
-    return (
-        f"{text}; llama.cpp against this library: log-probabilities within {runtime.largest_difference:.2g} (mean "
-        f"{runtime.mean_difference:.1g}), KL {max(runtime.divergence, 0.0):.1g} nats, same likeliest token at "
-        f"{runtime.same_first_choice} of {runtime.positions} positions"
-    )
