@@ -252,7 +252,8 @@ def test_help_is_quick_and_loads_nothing_heavy(flag: str) -> None:
             "",
             "error: GGUF export is not available yet in this version",
         ),
-        (["serve", "--model", "a", "--port", "8080"], 2, "", "error: serving is not available yet in this version"),
+        (["serve", "--model", "a", "--port", "8080"], 2, "", "error: a does not exist; give a GGUF file or a"),
+        (["generate", "--model", "a", "--prompt", "b"], 2, "", "error: a does not exist; give a GGUF file or a folder"),
         (["benchmark"], 2, "", "error: the Ax search is not available yet in this version"),
     ],
 )
@@ -279,7 +280,7 @@ def test_logs_are_plain_lines_where_there_is_no_terminal(
     assert capsys.readouterr().err.endswith(" INFO step 3\n")
 
 
-@pytest.mark.parametrize("script", ["train", "convert_to_gguf", "serve", "run_benchmark"])
+@pytest.mark.parametrize("script", ["train", "convert_to_gguf", "serve", "generate", "run_benchmark"])
 def test_scripts_answer_help(script: str) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "--help"], capture_output=True, text=True, check=True

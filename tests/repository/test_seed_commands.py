@@ -1,6 +1,7 @@
 """Every command that the project was asked to answer composes and decodes, or says what is not there yet."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -60,7 +61,6 @@ TRAIN: list[tuple[str, dict[str, object]]] = [
 
 OTHERS: list[tuple[Callable[[Sequence[str]], int], str]] = [
     (cli.convert_main, "--input outputs/checkpoint-final --output outputs/model.gguf"),
-    (cli.serve_main, "--model outputs/model.gguf --port 8080"),
     (cli.benchmark_main, ""),
     (cli.benchmark_main, "benchmark.num_trials=10"),
     (cli.benchmark_main, "--resume benchmark_results/experiment.json"),
@@ -93,3 +93,12 @@ def test_other_commands_are_understood_and_said_to_be_missing(
 ) -> None:
     assert main(command.split()) == 2
     assert "is not available yet in this version" in capsys.readouterr().err
+
+
+def test_the_serving_command_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.serve_main("--model outputs/model.gguf --port 8080".split()) == 2
+    message = "error: outputs/model.gguf does not exist; give a GGUF file or a checkpoint folder\n"
+    assert capsys.readouterr().err == message

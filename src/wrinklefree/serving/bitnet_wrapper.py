@@ -109,14 +109,17 @@ class BitNetClient:
         key = api_key or os.environ.get(_KEY_VARIABLE)
         self.base_url = base_url.rstrip("/").removesuffix("/v1")
         try:
-            self._client = httpx2.Client(
-                base_url=self.base_url,
-                headers={"authorization": f"Bearer {key}"} if key else {},
-                timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
-                trust_env=False,  # a proxy of the environment does not lead to this machine
-            )
-        except (httpx2.InvalidURL, ValueError) as error:
+            url = httpx2.URL(self.base_url)
+        except httpx2.InvalidURL as error:
             raise ConfigError(f"{base_url!r} is not an address such as {DEFAULT_URL} ({error})") from error
+        if url.scheme not in {"http", "https"} or not url.host:
+            raise ConfigError(f"{base_url!r} is not an address such as {DEFAULT_URL}")
+        self._client = httpx2.Client(
+            base_url=url,
+            headers={"authorization": f"Bearer {key}"} if key else {},
+            timeout=httpx2.Timeout(timeout, connect=min(timeout, 10.0)),
+            trust_env=not url.host.startswith("127.") and url.host not in {"localhost", "::1"},
+        )
 
     def __enter__(self) -> Self:
         return self
