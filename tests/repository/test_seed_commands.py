@@ -99,6 +99,6 @@ def test_the_serving_command_is_understood(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert cli.serve_main("--model outputs/model.gguf --port 8080".split()) == 2
+    assert cli.serve_main(["--model", "outputs/model.gguf", "--port", "8080"]) == 2
     message = "error: outputs/model.gguf does not exist; give a GGUF file or a checkpoint folder\n"
     assert capsys.readouterr().err == message
