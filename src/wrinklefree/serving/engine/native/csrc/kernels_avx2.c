@@ -39,6 +39,7 @@ INLINE void ternary_half(const uint8_t *tiles, size_t groups, const int8_t *code
             for (int p = 0; p < 4; p++) part[t][p] = _mm256_setzero_si256();
         size_t end = start + 16 < groups ? start + 16 : groups;
         for (size_t g = start; g < end; g++) {
+            __builtin_prefetch(tiles + 64 * g + WF_AHEAD);
             __m256i w = LOAD(tiles + 64 * g), shifted = _mm256_srli_epi16(w, 4);
             __m256i w0 = _mm256_and_si256(w, low), w1 = _mm256_and_si256(w, high);
             __m256i w2 = _mm256_and_si256(shifted, low), w3 = _mm256_and_si256(shifted, high);
@@ -64,7 +65,8 @@ INLINE void bytes_quarter(const uint8_t *tiles, size_t groups, const int8_t *cod
     const __m256i flip = _mm256_set1_epi8((char)128), ones = _mm256_set1_epi16(1);
     __m256i total[2][2];
     for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm256_setzero_si256();
-    for (size_t g = 0; g < groups; g++)
+    for (size_t g = 0; g < groups; g++) {
+        __builtin_prefetch(tiles + 256 * g + WF_AHEAD);
 #pragma GCC unroll 2
         for (int h = 0; h < 2; h++) {
             __m256i w = _mm256_xor_si256(LOAD(tiles + 256 * g + 32 * h), flip), magnitude = _mm256_abs_epi8(w);
@@ -74,6 +76,7 @@ INLINE void bytes_quarter(const uint8_t *tiles, size_t groups, const int8_t *cod
                 total[t][h] = _mm256_add_epi32(total[t][h], _mm256_madd_epi16(_mm256_maddubs_epi16(magnitude, x), ones));
             }
         }
+    }
     for (int t = 0; t < tokens; t++) { /* the table's sums are of weight + 128 */
         int32_t sum = 0;
         for (size_t i = 0; i < 4 * groups; i++) sum += codes[t * stride + i];
@@ -110,6 +113,7 @@ VNNI_INLINE void vnni_half(const uint8_t *tiles, size_t groups, const int8_t *co
     for (int t = 0; t < tokens; t++)
         for (int p = 0; p < 4; p++) s[t][p] = _mm256_setzero_si256();
     for (size_t g = 0; g < groups; g++) {
+        __builtin_prefetch(tiles + 64 * g + WF_AHEAD);
         __m256i w = LOAD(tiles + 64 * g), w0 = _mm256_and_si256(w, mask0), w1 = _mm256_and_si256(w, mask1);
         __m256i w2 = _mm256_and_si256(w, mask2), w3 = _mm256_and_si256(w, mask3);
 #pragma GCC unroll 2
@@ -129,6 +133,7 @@ VNNI_INLINE void vnni_quarter(const uint8_t *tiles, size_t groups, const int8_t 
     __m256i s[2][2];
     for (int t = 0; t < tokens; t++) s[t][0] = s[t][1] = _mm256_setzero_si256();
     for (size_t g = 0; g < groups; g++) {
+        __builtin_prefetch(tiles + 256 * g + WF_AHEAD);
         __m256i w0 = LOAD(tiles + 256 * g), w1 = LOAD(tiles + 256 * g + 32);
 #pragma GCC unroll 2
         for (int t = 0; t < tokens; t++) {

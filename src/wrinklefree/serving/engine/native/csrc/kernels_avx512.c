@@ -36,10 +36,13 @@ INLINE __m512i broadcast(const int8_t *codes) {
         _mm512_storeu_si512(sums + (t) * WF_ROWS + 48, _mm512_srai_epi32(s##t##3, 3 * shift));                          \
     } while (0)
 #define TERNARY_PLANES                                                                                                  \
+    __builtin_prefetch(tiles + 64 * g + WF_AHEAD);                                                                      \
     __m512i w = _mm512_loadu_si512(tiles + 64 * g);                                                                     \
     __m512i w0 = _mm512_and_si512(w, mask0), w1 = _mm512_and_si512(w, mask1);                                           \
     __m512i w2 = _mm512_and_si512(w, mask2), w3 = _mm512_and_si512(w, mask3)
 #define BYTE_PLANES                                                                                                     \
+    __builtin_prefetch(tiles + 256 * g + WF_AHEAD), __builtin_prefetch(tiles + 256 * g + WF_AHEAD + 64);                \
+    __builtin_prefetch(tiles + 256 * g + WF_AHEAD + 128), __builtin_prefetch(tiles + 256 * g + WF_AHEAD + 192);         \
     __m512i w0 = _mm512_loadu_si512(tiles + 256 * g), w1 = _mm512_loadu_si512(tiles + 256 * g + 64);                    \
     __m512i w2 = _mm512_loadu_si512(tiles + 256 * g + 128), w3 = _mm512_loadu_si512(tiles + 256 * g + 192)
 
