@@ -61,7 +61,7 @@ def test_truncation_keeps_what_a_full_sort_keeps(spread: float, top_k: int | Non
     shares = np.exp(logits[kept].astype(np.float64) - logits.max())
     shares /= shares.sum()
     values = np.cos(np.arange(len(kept)))
-    place = {token: value for token, value in zip(kept, values, strict=True)}
+    place = dict(zip(kept, values, strict=True))
     mean, variance = float(shares @ values), float(shares @ values**2 - (shares @ values) ** 2)
     assert abs(np.mean([place[token] for token in drawn]) - mean) <= 4 * (variance / 1000) ** 0.5 + 1e-9
 
