@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -765,3 +766,14 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
                 assert process.wait(10) == 128 + signal.SIGTERM
         finally:
             process.kill()
+
+
+@pytest.mark.slow
+def test_the_page_runs_in_a_browser(server: Server) -> None:
+    browser = next((path for name in ("chromium", "google-chrome") if (path := shutil.which(name))), None)
+    if browser is None:
+        pytest.skip("needs chromium on PATH")
+    command = [browser, "--headless", "--no-sandbox", "--virtual-time-budget=5000", "--dump-dom", f"{server.address}/"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert "tiny-scripted · scripted · context 512" in shown
+    assert "Ask the model something" in shown
