@@ -7,12 +7,20 @@ from typing import Literal
 
 import torch
 
+from wrinklefree.models.config import Architecture
+from wrinklefree.models.llama import CausalLM
 from wrinklefree.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 MODEL_FLOP_UTILIZATION = 0.15
 """Share of the measured matrix-multiplication rate that a small-model training step reaches (measured on CPUs)."""
+
+REFERENCE_GPU = "H100"
+REFERENCE_PEAK_FLOPS = 989e12
+"""Dense bfloat16 operations a second of its data sheet."""
+REFERENCE_UTILIZATION = 0.30
+"""Assumed share of that peak: what good full-precision training reaches, less the time that fake quantization takes."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,21 @@ def measured_flops_per_second(compute: Compute, size: int = 1024) -> float:
     return 2 * size**3 / best
 
 
+def count_parameters(architecture: Architecture) -> int:
+    """Parameters of the full-precision model, without making one."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in CausalLM(architecture).parameters())
+
+
 def training_flops(parameters: int, tokens: int, *, with_teacher: bool) -> float:
     """6 N a token for forward and backward, 2 N more for the teacher's forward."""
     return (8.0 if with_teacher else 6.0) * parameters * tokens
+
+
+def reference_gpu_hours(parameters: int, tokens: int, *, with_teacher: bool) -> float:
+    """Hours of a training run on one `REFERENCE_GPU`: an estimate from its data sheet, never measured here."""
+    rate = REFERENCE_PEAK_FLOPS * REFERENCE_UTILIZATION
+    return training_flops(parameters, tokens, with_teacher=with_teacher) / rate / 3600
 
 
 def estimated_seconds(compute: Compute, parameters: int, tokens: int, *, with_teacher: bool) -> float:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from wrinklefree.composition import compose_step
 from wrinklefree.data.config import FinetuneData
 from wrinklefree.training.config import PipelineConfig, RunConfig, StageConfig
+from wrinklefree.training.device import REFERENCE_GPU
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.plan import StagePlan, base_input, combined_fingerprint, plan_stage, steps_for
 from wrinklefree.utils.errors import ConfigError, WrinkleFreeError
@@ -47,6 +48,8 @@ WIRING: dict[str, tuple[str, str | None]] = {
 """Step -> (the step it starts from, the step that teaches it), in the order in which they run."""
 
 CONTROL_STEPS = ("bitnet_sft", "control_pretrain", "control")
+OPTIONAL_STEPS = ("stage1_9",)
+"""Steps that an empty list leaves out: what would start from one starts from its own start."""
 GGUF = "model.gguf"
 TASK_STEPS = ("teacher", "bitnet_sft", "stage3", "control")
 TEXT_STEPS = ("stage1_9", "stage2", "control_pretrain")
@@ -81,12 +84,15 @@ def plan_pipeline(config: RunConfig, overrides: Sequence[str], seed: int) -> Pip
     plans: dict[str, StagePlan] = {}
     base: StageInput | None = None
     tokens = 0
-    for name, (starts_from, taught_by) in WIRING.items():
-        if name in CONTROL_STEPS and not training.controls:
+    left_out = {name: WIRING[name][0] for name in OPTIONAL_STEPS if training.steps.get(name) == ()}
+    for name, (wired_to, taught_by) in WIRING.items():
+        starts_from = left_out.get(wired_to, wired_to)
+        if name in left_out or (name in CONTROL_STEPS and not training.controls):
             continue
         if name not in training.steps:
             raise ConfigError(f"training.steps has no step {name}; a pipeline needs {', '.join(WIRING)}")
-        command = [*overrides, f"seed={seed}", f"output_dir='{pipeline_folder(config)}'", "dry_run=false"]
+        command = [*overrides, f"seed={seed}", f"output_dir='{pipeline_folder(config)}'"]
+        command.append(f"dry_run={str(config.dry_run).lower()}")
         if name == "control_pretrain":
             command.append(f"training.total_tokens={tokens}")
         composed = compose_step(training.steps[name], command)
@@ -129,9 +135,11 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
     if config.dry_run:
         from wrinklefree.training.run import show_plan
 
+        hours = 0.0
         for name, plan in plans[0].steps.items():
             logger.info("-- step %s", name)
-            show_plan(plan)
+            hours += show_plan(plan)
+        logger.info("-- all steps: about %.1f GPU hours a seed, estimated for one %s", hours, REFERENCE_GPU)
         return
     identity = "".join(plan.fingerprint for plan in plans)
     folder = pipeline_folder(config) / "reports" / combined_identity(identity, config)[:8]

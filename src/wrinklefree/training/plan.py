@@ -1,8 +1,9 @@
 """A run before it runs: its stage, inputs, length, fingerprint and folder. What `dry_run=true` prints."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,13 @@ from wrinklefree.training.config import PretrainConfig, RunConfig, Stage1Config,
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
 from wrinklefree.training.stage import Stage
 from wrinklefree.training.stages import STAGES
-from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.errors import ConfigError, NetworkError
 from wrinklefree.utils.run_fingerprint import Fingerprint, fingerprint
 
+logger = logging.getLogger(__name__)
+
+UNKNOWN = "unknown"
+"""Stands for the identity of what a dry run could not reach."""
 FROM_SCRATCH = StageInput(stage="base", fingerprint="from-scratch", path=None, reason="random weights")
 
 
@@ -105,7 +110,19 @@ def base_input(config: RunConfig) -> StageInput:
         if config.training.init_from is not None:
             raise ConfigError("training.from_scratch=true starts from random weights; leave training.init_from out")
         return FROM_SCRATCH
-    return StageInput(stage="base", fingerprint=identity(config.model), path=None, reason="the pretrained model")
+    known = _unless_dry(config, lambda: identity(config.model))
+    return StageInput(stage="base", fingerprint=known, path=None, reason="the pretrained model")
+
+
+def _unless_dry(config: RunConfig, identify: Callable[[], str]) -> str:
+    """What `identify` finds; a dry run goes on without it where there is no network, with a provisional fingerprint."""
+    try:
+        return identify()
+    except NetworkError as error:
+        if not config.dry_run:
+            raise
+        logger.warning("dry run: fingerprints and folders are provisional, as %s", error)
+        return UNKNOWN
 
 
 def repository_root() -> Path | None:
@@ -144,7 +161,8 @@ def plan_stage(
             task=data_name(config),
             base=base,
         )
-    data = data_fingerprint(config.data, source.fingerprint if source is FROM_SCRATCH else base.fingerprint)
+    reader = source.fingerprint if source is FROM_SCRATCH else base.fingerprint
+    data = _unless_dry(config, lambda: data_fingerprint(config.data, reader))
     inputs = {"source": source.fingerprint, "data": data}
     if teacher is not None:
         inputs["teacher"] = teacher.fingerprint

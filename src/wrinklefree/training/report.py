@@ -160,8 +160,9 @@ def evaluate_arms(config: RunConfig, steps: Mapping[str, StagePlan], tokens: Map
         )
         evaluate("naive ternary", "the fine-tuned model rounded, no training", tokens["teacher"], naive)
         evaluate("BitNet-SFT", "stage 1, then the task with cross-entropy", tokens["bitnet_sft"], load("bitnet_sft"))
-    extra = sum(tokens[name] for name in ("stage1_9", "stage2", "stage3"))
-    evaluate("BitDistill", "stages 1, 1.9, 2, 3", extra, load("stage3"), sample=True)
+    extra = sum(tokens[name] for name in ("stage1_9", "stage2", "stage3") if name in tokens)
+    stages = "stages 1, 1.9, 2, 3" if "stage1_9" in tokens else "stages 1, 2, 3"
+    evaluate("BitDistill", stages, extra, load("stage3"), sample=True)
     return Outcome(
         seed=steps["stage3"].config.seed,
         arms=tuple(arms),

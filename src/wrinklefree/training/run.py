@@ -40,9 +40,12 @@ from wrinklefree.training.config import (
     StageConfig,
 )
 from wrinklefree.training.device import (
+    REFERENCE_GPU,
     Compute,
     choose_compute,
+    count_parameters,
     estimated_seconds,
+    reference_gpu_hours,
     refuse_endless_cpu_run,
 )
 from wrinklefree.training.evaluation import score_language, score_task
@@ -94,8 +97,8 @@ def run(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) ->
     return 0
 
 
-def show_plan(plan: StagePlan) -> None:
-    """Log what `dry_run=true` promises: stage, model, data, length, inputs and outputs."""
+def show_plan(plan: StagePlan) -> float:
+    """Log what `dry_run=true` promises: stage, model, data, length, inputs and outputs; returns estimated GPU hours."""
     training = plan.config.training
     steps = tokens = None
     if isinstance(training, StageConfig):
@@ -105,6 +108,14 @@ def show_plan(plan: StagePlan) -> None:
         tokens = steps * training.batch_size * training.max_seq_length * training.gradient_accumulation_steps
     for key, value in plan.lines(steps, tokens):
         logger.info("%-12s %s", key, value)
+    if tokens is None:
+        return 0.0
+    parameters = count_parameters(plan.config.model.architecture)
+    hours = reference_gpu_hours(parameters, tokens, with_teacher=plan.teacher is not None)
+    logger.info(
+        "%-12s about %.2g GPU hours on one %s (from its data sheet, not measured)", "work", hours, REFERENCE_GPU
+    )
+    return hours
 
 
 def run_stage(plan: StagePlan) -> StageResult:

@@ -28,6 +28,7 @@ from wrinklefree.training.device import (
     MODEL_FLOP_UTILIZATION,
     Compute,
     choose_compute,
+    count_parameters,
     measured_flops_per_second,
     training_flops,
 )
@@ -503,9 +504,7 @@ def show_cells(runner: Study, cells: Sequence[Cell]) -> None:
     for number, cell in enumerate(cells, start=1):
         config = cell.plan.config
         if config.model.name not in parameters:
-            with torch.device("meta"):
-                shapes = CausalLM(config.model.architecture)
-            parameters[config.model.name] = sum(parameter.numel() for parameter in shapes.parameters())
+            parameters[config.model.name] = count_parameters(config.model.architecture)
         flops = training_flops(parameters[config.model.name], cell.tokens, with_teacher=cell.plan.teacher is not None)
         seconds += flops / speed
         logger.info(
