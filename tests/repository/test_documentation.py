@@ -1,18 +1,21 @@
 """What the documents promise: commands compose, files and links exist, the configuration guide is up to date."""
 
 import importlib.util
+import io
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout, suppress
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from wrinklefree import cli
 from wrinklefree.composition import compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +72,25 @@ def check_training(arguments: list[str]) -> None:
     compose(overrides)
 
 
+FLAG_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "scripts/convert_to_gguf.py": cli.convert_main,
+    "scripts/export_hf.py": cli.export_main,
+    "scripts/generate.py": cli.generate_main,
+    "scripts/serve.py": cli.serve_main,
+}
+
+
+def check_flags(command: Callable[[list[str]], int], arguments: list[str]) -> None:
+    """The command's help knows every flag."""
+    shown = io.StringIO()
+    with redirect_stdout(shown), suppress(SystemExit):
+        command(["--help"])
+    known = set(re.findall(r"--[a-z-]+", shown.getvalue()))
+    assert "--help" in known
+    unknown = [argument for argument in arguments if argument.startswith("--") and argument not in known]
+    assert unknown == []
+
+
 @pytest.mark.parametrize(("page", "words"), [pytest.param(*entry, id=" ".join(entry[1])[:90]) for entry in commands()])
 def test_printed_command_is_one_that_we_have(page: str, words: list[str]) -> None:
     if words[0] in FOREIGN:
@@ -93,6 +115,8 @@ def test_printed_command_is_one_that_we_have(page: str, words: list[str]) -> Non
         assert (ROOT / program).is_file()
         if program == "scripts/train.py":
             check_training(arguments)
+        elif program in FLAG_COMMANDS:
+            check_flags(FLAG_COMMANDS[program], arguments)
 
 
 def test_a_wrong_command_would_be_noticed() -> None:
@@ -102,6 +126,8 @@ def test_a_wrong_command_would_be_noticed() -> None:
         check_training(["model=smollm2_135m", "training=stage2_pretrain", "training.batch_siez=4"])
     with pytest.raises(KeyError):
         check_uv_sync(["--exrta", "eval"])
+    with pytest.raises(AssertionError, match="--modle"):
+        check_flags(cli.serve_main, ["--modle", "x"])
 
 
 def anchors(page: Path) -> set[str]:
