@@ -231,7 +231,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"n": 2}, openai.BadRequestError, "`n` is not supported", "n"),
         ({"tools": [{}]}, openai.BadRequestError, "`tools` is not supported", "tools"),
         ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "`response_format` is not", "response_format"),
-        ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "did you mean `temperature`?", "temprature"),
+        ({"extra_body": {"temperaturee": 1}}, openai.BadRequestError, "did you mean `temperature`?", "temperaturee"),
         ({"temperature": 2.5}, openai.BadRequestError, "less than or equal to 2, given 2.5", "temperature"),
         ({"top_logprobs": 3}, openai.BadRequestError, "needs `logprobs: true`", "top_logprobs"),
         ({"stop": list("abcde")}, openai.BadRequestError, "a list of at most 4 texts", "stop"),
