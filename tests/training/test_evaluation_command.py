@@ -9,10 +9,12 @@ import torch
 
 from wrinklefree.cli import evaluate_main
 from wrinklefree.models.artifact import write_artifact
+from wrinklefree.models.bitlinear import set_quantization
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.convert import to_bitnet
 from wrinklefree.models.hf import save_hf
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.serving.converter import ConversionOptions, convert
 from wrinklefree.training.comparison import Interval
 from wrinklefree.training.evaluation import LanguageScore, TaskScore
 from wrinklefree.training.evaluation_command import Scores, compare_scores, render_scores
@@ -102,6 +104,25 @@ def test_a_checkpoint_at_lambda_zero_is_scored_at_one(models: Path, text: list[s
     assert evaluate_main([*arguments, "dtype=float32"]) == 0
     [difference] = json.loads(output.read_text())["differences"]
     assert difference["value"] != 0
+
+
+def test_a_packed_file_scores_as_the_checkpoint_that_it_was_made_from(
+    tokenizer: TextTokenizer, text: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = to_bitnet(
+        CausalLM(ARCHITECTURE), placement="output", gain="ones", activation_bits=8, strength=1.0, calibration=[]
+    )
+    set_quantization(model, 1.0)
+    write_artifact(tmp_path / "ternary", model, tokenizer, {"stage": "stage2", "tokens": 0})
+    convert(ConversionOptions(tmp_path / "ternary", tmp_path / "model.gguf"))
+    output = tmp_path / "scores.json"
+    arguments = [f"checkpoint={tmp_path / 'model.gguf'}", f"compare={tmp_path / 'ternary'}", *text]
+    assert evaluate_main([*arguments, f"output={output}", "dtype=float32"]) == 0
+    record = json.loads(output.read_text())
+    assert [score["kind"] for score in record["scores"]] == ["packed", "ternary"]
+    # The file keeps embeddings and norms in 16 bits.
+    assert record["differences"][0]["value"] == pytest.approx(0, abs=0.01)
 
 
 @pytest.mark.parametrize(

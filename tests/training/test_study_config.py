@@ -1,5 +1,7 @@
 """Studies decode, name what they mean, and hold their controls to their arms."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -115,6 +117,15 @@ def test_the_command_line_overrides_the_study() -> None:
     assert config.seeds == (7,)
     assert config.steps["stage2"].rates == (0.5,)
     assert command.threads == 1
+
+
+def test_mistakes_are_answered_without_loading_torch() -> None:
+    code = (
+        "import sys, wrinklefree.training.study_config, wrinklefree.training.evaluation_config; "
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", studies())
