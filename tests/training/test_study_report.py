@@ -143,6 +143,8 @@ def test_the_report_writes_section_and_plot_and_replaces_what_stands_between_mar
     assert text.startswith("# Before\n<!-- study known: begin -->\n\n- **Question**: q")
     assert text.endswith("<!-- study known: end -->\nafter\n")
     assert "outdated line" not in text
+    assert "![known_bits_per_byte](images/known_bits_per_byte.png)" in text
+    assert (tmp_path / "images" / "known_bits_per_byte.png").is_file()
     assert (command.folder / "known_bits_per_byte.png").read_bytes().startswith(b"\x89PNG")
 
 

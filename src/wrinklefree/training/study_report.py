@@ -29,6 +29,8 @@ from wrinklefree.utils.storage import atomic_write
 
 logger = logging.getLogger(__name__)
 
+IMAGES = "images"
+"""Folder beside a document that takes the plots of its sections."""
 CLOSURE_TARGETS = (0.50, 0.80, 0.95)
 
 ByArm = dict[str, dict[int, Measure]]
@@ -81,8 +83,12 @@ def write_study_report(command: StudyCommand, study: StudyConfig) -> Path:
     atomic_write(path, section + "\n")
     logger.info("report: %s", path)
     if command.document is not None:
-        insert_section(Path(command.document), study.name, section)
-        logger.info("wrote the section of %s into %s", study.name, command.document)
+        document = Path(command.document)
+        images = draw_plots(study, results, document.parent / IMAGES)
+        trials = read_trials(command.folder)
+        section = render_section(study, results, trials, [f"{IMAGES}/{image.name}" for image in images])
+        insert_section(document, study.name, section)
+        logger.info("wrote the section of %s into %s", study.name, document)
     return path
 
 
@@ -211,7 +217,7 @@ def render_section(
         edges = _at_the_edge(trials)
         if edges:
             parts.append(f"The best rate lies at the end of its grid for: {', '.join(edges)}.")
-    parts += [f"![{plot}]({plot})" for plot in plots]
+    parts += [f"![{Path(plot).stem}]({plot})" for plot in plots]
     if study.reading:
         parts.append(f"- **Reading**: {study.reading}")
     return "\n\n".join(parts)
