@@ -40,9 +40,9 @@ def run_server(argv: Sequence[str] | None, log: Callable[[], None]) -> int:
     )
     flags = parser.parse_args(argv)
     log()
-    from wrinklefree.serving.api import ServiceSettings
     from wrinklefree.serving.limits import Limits
     from wrinklefree.serving.server import ServerSettings, serve
+    from wrinklefree.serving.service import ServiceSettings
 
     settings = ServerSettings(
         host=flags.host,

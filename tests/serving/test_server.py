@@ -20,9 +20,9 @@ import psutil
 import pytest
 from tests.serving.conftest import TINY, ScriptedEngine, running, until
 
-from wrinklefree.serving.api import ServiceSettings
 from wrinklefree.serving.limits import Limits
 from wrinklefree.serving.server import Server, ServerSettings
+from wrinklefree.serving.service import ServiceSettings
 from wrinklefree.utils.errors import CheckpointError, ConfigError, CredentialsError, NetworkError
 
 NAME = "tiny-scripted"

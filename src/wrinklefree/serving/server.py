@@ -19,11 +19,12 @@ from typing import Literal
 
 import uvicorn
 
-from wrinklefree.serving.api import Loaded, Service, ServiceSettings, create_application
+from wrinklefree.serving.api import create_application
 from wrinklefree.serving.engine.protocol import Engine
 from wrinklefree.serving.engine.support import EngineName
 from wrinklefree.serving.limits import LOOPBACK_NAMES, Guard, Limits, guarded_protocol
 from wrinklefree.serving.metrics import Metrics
+from wrinklefree.serving.service import Loaded, Service, ServiceSettings
 from wrinklefree.utils.errors import ConfigError, CredentialsError, NetworkError
 
 CLOSE_SECONDS = 30.0
