@@ -24,7 +24,7 @@ from wrinklefree.models.gguf_names import separate_rotary_pairs
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.padding import Padding
 from wrinklefree.models.weights import EMBEDDING, HEAD, assemble
-from wrinklefree.quantization.weight_quant import Ternary, ternarize
+from wrinklefree.quantization.weight_quant import Ternary
 from wrinklefree.utils.errors import CheckpointError
 from wrinklefree.utils.gguf import GGUFFile, read_gguf
 from wrinklefree.utils.tokenizer import TextTokenizer
@@ -37,6 +37,9 @@ FOLDED_KEY = "wrinklefree.ffn_norm_folded"
 
 PACKED_TYPES = frozenset({"TQ1_0", "TQ2_0", "Q2_0", "Q4_0", "I2_S"})
 """Types that keep codes and a scale; the others keep their product."""
+
+_CORRECTIONS, _STRIDE, _AMOUNTS = 64, 7919, (1.0, 0.5, 1.5, 0.75, 1.25, 0.3)
+"""How often, where and by how much weights take up the rest of a rounded sum."""
 
 _FAMILIES = ("llama", "qwen2", "qwen3")
 _PRE_FFN_NORM = "post_attention_layernorm"
@@ -156,18 +159,31 @@ def codes_and_scale(file: GGUFFile, stored: str) -> tuple[np.ndarray, float]:
 
 
 def latent_weight(codes: Tensor, scale: float) -> Tensor:
-    """A float32 weight that `ternarize` turns into these codes and this scale (to the last bit or the one before it).
+    """A float32 weight that `ternarize` turns into these codes and this scale, to the last bit.
 
-    With n weights of which m are not zero, these get the magnitude scale * n / m, whose mean over all is the scale. The
-    mean is a rounded float32 sum, so the magnitude is corrected by what `ternarize` finds.
+    With n weights of which m are not zero, these get the magnitude scale * n / m, whose mean over all is the scale, but
+    for the rounding of a float32 sum. A few weights take up that rest: a scale that is off by one bit rounds an
+    activation the other way once in many thousand.
     """
     nonzero = int(codes.count_nonzero())
     values = codes.to(torch.float32)
     if nonzero == 0:
-        return values.zero_()
+        return values
+    wanted = float(np.float32(scale))
     magnitude = scale * codes.numel() / nonzero
-    found = float(ternarize(values * magnitude).scale)
-    return values.mul_(magnitude * scale / found)
+    values *= magnitude
+    flat, places = values.view(-1), codes.flatten().nonzero()[:, 0]
+    for attempt in range(_CORRECTIONS):
+        missing = (wanted - float(values.abs().mean())) * codes.numel()
+        if missing == 0:
+            break
+        # Few and large changes (small ones would be lost in the sum), but none that could change a code; elsewhere and
+        # by another amount each time, or the sum may step over the goal for ever.
+        missing *= _AMOUNTS[attempt % len(_AMOUNTS)]
+        count = min(nonzero, 1 + int(abs(missing) / (0.25 * magnitude)))
+        takers = places[(torch.arange(count) + attempt * _STRIDE) % nonzero]
+        flat[takers] += codes.flatten()[takers] * (missing / count)
+    return values
 
 
 def exported_tensors(

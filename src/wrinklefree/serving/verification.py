@@ -221,7 +221,7 @@ def logits_with_activations(
         head_block: Channels of the head's input that share a scale; None: not quantized.
     """
     layers = [module for module in model.modules() if isinstance(module, BitLinear)]
-    trained = {layer: layer.activation_bits for layer in layers}
+    trained: dict[BitLinear, Literal[4, 8] | None] = {layer: layer.activation_bits for layer in layers}
     if activations != "by_token":
         for layer in layers:
             layer.activation_bits = None
