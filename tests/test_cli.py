@@ -96,10 +96,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(
             ["influence.enabled=true"],
             "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed",
         ),
-        (
-            ["gcs.enabled=true"],
-            "gcs.enabled=true is not available yet: runs are kept in output_dir, and resume from there",
-        ),
         (["estimate=true"], "estimate=true is not available yet: dry_run=true prints steps and tokens"),
     ],
 )

@@ -255,10 +255,6 @@ def refuse_unavailable(configuration: object) -> None:
         raise NotAvailableError(
             "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed"
         )
-    if config.gcs.enabled:
-        raise NotAvailableError(
-            "gcs.enabled=true is not available yet: runs are kept in output_dir, and resume from there"
-        )
     if config.estimate:
         raise NotAvailableError("estimate=true is not available yet: dry_run=true prints steps and tokens")
 
@@ -301,6 +297,11 @@ def _run(overrides: Sequence[str]) -> int:
     set_up_logging()
     config, tree = compose(overrides)
     refuse_unavailable(config)
+    if config.gcs.enabled and not config.dry_run:
+        from wrinklefree.utils.gcs_storage import check_access
+
+        # Before torch: missing credentials are answered in seconds.
+        check_access(config.gcs.bucket, config.gcs.experiment_prefix)
     from wrinklefree.training.run import run
 
     return run(config, tree, overrides)

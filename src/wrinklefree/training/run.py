@@ -58,6 +58,7 @@ from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
 from wrinklefree.utils.determinism import seed_everything
 from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.remote_run import RemoteRun, remote_run
 from wrinklefree.utils.run_manager import Run, open_run, point
 from wrinklefree.utils.storage import check_writable
 from wrinklefree.utils.tokenizer import TextTokenizer, train_tokenizer
@@ -122,46 +123,69 @@ def run_stage(plan: StagePlan) -> StageResult:
     """Run one stage, or skip it when its fingerprint is complete; moves the seed's pointer to its artifact."""
     started = time.perf_counter()
     config = plan.config
-    audit = AuditLogger(Path(config.audit.directory)) if config.audit.enabled else None
-    run_ = open_run(
-        plan.run_folder,
-        plan.fingerprint,
-        skip_completed=config.resume.skip_completed,
-        fresh=config.skip_recovery,
-        keep_last_n=config.training.checkpoint.keep_last_n if isinstance(config.training, StageConfig) else 2,
-        audit=audit,
-    )
-    with run_:
-        if run_.is_complete():
-            logger.info("%s: already complete (%s), skipped", plan.stage.title, plan.run_folder)
-            point(plan.pointer, plan.artifact)
-            tokens = int(read_artifact(plan.artifact).lineage["tokens"])
-            return StageResult(plan, skipped=True, seconds=_seconds_so_far(run_), tokens=tokens)
-        warn_if_dirty(plan, audit)
-        logger.info("%s: reads %s", plan.stage.title, plan.source.describe())
-        if plan.teacher is not None:
-            logger.info("%s: teacher is %s", plan.stage.title, plan.teacher.describe())
-        seed_everything(config.seed)
-        earlier = 0.0 if config.skip_recovery else _seconds_so_far(run_)
-        run_.mark("running")
-        try:
-            tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
-        except Interrupted as stopped:
-            run_.mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            run_.mark("interrupted", seconds=earlier + time.perf_counter() - started)
-            raise
-        except BaseException as error:
-            run_.mark("failed", error=f"{type(error).__name__}: {error}")
-            raise
-        seconds = earlier + time.perf_counter() - started
-        run_.mark("completed", tokens=tokens, seconds=seconds)
-        # Only now: a kill before the mark must still find them.
-        run_.checkpoints.clear()
-        point(plan.pointer, plan.artifact)
-        logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
-        return StageResult(plan, skipped=False, seconds=seconds, tokens=tokens)
+    keep_last_n = config.training.checkpoint.keep_last_n if isinstance(config.training, StageConfig) else 2
+    gcs = config.gcs
+    with remote_run(
+        gcs.enabled, gcs.bucket, gcs.experiment_prefix, plan.fingerprint, plan.run_folder, keep_last_n=keep_last_n
+    ) as remote:
+        if remote is not None:
+            remote.take() if config.skip_recovery else remote.restore()
+        audit = AuditLogger(Path(config.audit.directory)) if config.audit.enabled else None
+        run_ = open_run(
+            plan.run_folder,
+            plan.fingerprint,
+            skip_completed=config.resume.skip_completed,
+            fresh=config.skip_recovery,
+            keep_last_n=keep_last_n,
+            audit=audit,
+            on_saved=None if remote is None else remote.checkpoint_saved,
+            on_mark=None if remote is None else remote.marked,
+        )
+        with run_:
+            if run_.is_complete():
+                logger.info("%s: already complete (%s), skipped", plan.stage.title, plan.run_folder)
+                point(plan.pointer, plan.artifact)
+                if remote is not None:
+                    remote.complete_late(plan.artifact)
+                tokens = int(read_artifact(plan.artifact).lineage["tokens"])
+                return StageResult(plan, skipped=True, seconds=_seconds_so_far(run_), tokens=tokens)
+            return _run_opened(plan, run_, audit, remote, started)
+
+
+def _run_opened(
+    plan: StagePlan, run_: Run, audit: AuditLogger | None, remote: RemoteRun | None, started: float
+) -> StageResult:
+    """Train, or insert SubLN, and leave the run's record true however that ends."""
+    config = plan.config
+    warn_if_dirty(plan, audit)
+    logger.info("%s: reads %s", plan.stage.title, plan.source.describe())
+    if plan.teacher is not None:
+        logger.info("%s: teacher is %s", plan.stage.title, plan.teacher.describe())
+    seed_everything(config.seed)
+    earlier = 0.0 if config.skip_recovery else _seconds_so_far(run_)
+    run_.mark("running")
+    try:
+        tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
+    except Interrupted as stopped:
+        run_.mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
+        raise
+    except (KeyboardInterrupt, SystemExit):
+        run_.mark("interrupted", seconds=earlier + time.perf_counter() - started)
+        raise
+    except BaseException as error:
+        run_.mark("failed", error=f"{type(error).__name__}: {error}")
+        raise
+    seconds = earlier + time.perf_counter() - started
+    if remote is not None:
+        remote.complete(plan.artifact)
+    run_.mark("completed", tokens=tokens, seconds=seconds)
+    # Only now: a kill before the mark must still find them.
+    run_.checkpoints.clear()
+    point(plan.pointer, plan.artifact)
+    logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
+    if remote is not None:
+        remote.drain()
+    return StageResult(plan, skipped=False, seconds=seconds, tokens=tokens)
 
 
 def _seconds_so_far(run_: Run) -> float:

@@ -123,14 +123,21 @@ class CheckpointStore:
         folder: Created with the first save.
         keep_last_n: How many to keep; never fewer than 2, so that one can rot.
         on_corrupt: Called with folder name -> reason when `latest` had to pass over corrupt checkpoints.
+        on_saved: Called with each checkpoint's folder once it is on the disk and verified.
     """
 
     def __init__(
-        self, folder: Path, keep_last_n: int, *, on_corrupt: Callable[[Mapping[str, str]], None] | None = None
+        self,
+        folder: Path,
+        keep_last_n: int,
+        *,
+        on_corrupt: Callable[[Mapping[str, str]], None] | None = None,
+        on_saved: Callable[[Path], None] | None = None,
     ) -> None:
         self.folder = folder
         self.keep = max(_LEAST_KEPT, keep_last_n)
         self._on_corrupt = on_corrupt
+        self._on_saved = on_saved
         self._corrupt: set[Path] = set()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -160,6 +167,8 @@ class CheckpointStore:
             raise
         verify_manifest(final)
         self._prune(final)
+        if self._on_saved is not None:
+            self._on_saved(final)
         return final
 
     def latest(self) -> Checkpoint | None:

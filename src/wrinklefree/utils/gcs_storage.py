@@ -64,7 +64,7 @@ class GcsStorage:
 
     def write_bytes(self, name: str, data: bytes) -> None:
         """Create or replace `name`."""
-        self._call(name, lambda blob, options: _upload(blob, data, options))
+        self._call(name, lambda blob, options: _upload(blob, data, options), writes=True)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write `name` only if it does not exist; of many racing callers exactly one gets True."""
@@ -107,7 +107,7 @@ class GcsStorage:
                 blob.chunk_size = PIECE_BYTES
             blob.upload_from_filename(str(path), checksum="crc32c", **options)
 
-        self._call(name, send)
+        self._call(name, send, writes=True)
 
     def download(self, name: str, path: Path) -> None:
         """Write the content of `name` to the new file `path`; a failure leaves no file."""
@@ -128,7 +128,7 @@ class GcsStorage:
                 return self._holds(name, data)
             return True
 
-        return self._call(name, write)
+        return self._call(name, write, writes=True)
 
     def _holds(self, name: str, data: bytes) -> bool:
         try:
@@ -136,15 +136,15 @@ class GcsStorage:
         except FileNotFoundError:
             return False
 
-    def _call(self, name: str, operation: Callable[[Any, dict[str, Any]], Result]) -> Result:
+    def _call(self, name: str, operation: Callable[[Any, dict[str, Any]], Result], *, writes: bool = False) -> Result:
         from google.api_core.exceptions import GoogleAPIError, NotFound
 
         with _explained(f"{self.url}/{name}", GoogleAPIError):
             try:
                 return operation(self._bucket.blob(self._prefix + name), self._options())
             except NotFound as error:
-                if "bucket" in str(error).lower() and "object" not in str(error).lower():
-                    raise
+                if writes:
+                    raise  # only the bucket can be missing
                 raise FileNotFoundError(f"{self.url}/{name}") from error
 
     def _options(self) -> dict[str, Any]:

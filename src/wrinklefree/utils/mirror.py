@@ -61,6 +61,8 @@ class RunMirror:
     def send_metadata(self, content: bytes) -> None:
         """Upload the run's record in the background, after the folders that were sent before it."""
         with self._changed:
+            if self._closed:
+                return
             self._metadata = content
             self._changed.notify_all()
         self._start()
@@ -78,6 +80,14 @@ class RunMirror:
                     f"{self.storage.url}: not everything was uploaded within {seconds:.0f} s ({self._last_error}). The "
                     "run is whole on the local disk; the same command uploads the rest."
                 )
+
+    def abandon(self) -> None:
+        """Send nothing more, whatever is asked for: another process writes this run now."""
+        with self._changed:
+            self._closed = True
+            self._wanted.clear()
+            self._metadata = None
+            self._changed.notify_all()
 
     def close(self) -> None:
         """End the thread after the transfer that it is in; what still waits stays on the local disk."""
@@ -148,6 +158,8 @@ class RunMirror:
 
     def _send(self, kind: str, folder: Path) -> None:
         with self._changed:
+            if self._closed:
+                return
             self._wanted[kind] = folder
             self._changed.notify_all()
         self._start()

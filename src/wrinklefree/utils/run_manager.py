@@ -17,7 +17,7 @@ import os
 import platform
 import socket
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -52,6 +52,7 @@ class Run:
         checkpoints: CheckpointStore,
         metadata: Mapping[str, Any],
         lock: "RunLock | None",
+        on_mark: Callable[[bytes], None] | None = None,
     ) -> None:
         self.folder = folder
         self.artifact = folder / "artifact"
@@ -59,6 +60,7 @@ class Run:
         self.checkpoints = checkpoints
         self._metadata = dict(metadata)
         self._lock = lock
+        self._on_mark = on_mark
 
     @property
     def status(self) -> Status:
@@ -95,6 +97,8 @@ class Run:
         }
         content = json.dumps(self._metadata, indent=2, sort_keys=True) + "\n"
         LocalStorage(self.folder).write_bytes(_METADATA, content.encode())
+        if self._on_mark is not None:
+            self._on_mark(content.encode())
 
     def is_complete(self) -> bool:
         """Whether the record says so and the artifact verifies."""
@@ -129,6 +133,8 @@ def open_run(
     fresh: bool,
     keep_last_n: int = 2,
     audit: AuditLogger | None = None,
+    on_saved: Callable[[Path], None] | None = None,
+    on_mark: Callable[[bytes], None] | None = None,
 ) -> Run:
     """Open the folder of the run with this fingerprint, creating it if need be, and lock it for this process.
 
@@ -139,6 +145,8 @@ def open_run(
         fresh: Start anew whatever is there. The old artifact stays until the new one replaces it.
         keep_last_n: How many checkpoints to keep.
         audit: Told of corrupt checkpoints and artifacts; without one they are only logged.
+        on_saved: Called with the folder of each checkpoint that was saved.
+        on_mark: Called with the content of each record that was written.
 
     Raises:
         StorageError: when another process holds the run, or the folder cannot be written.
@@ -155,8 +163,16 @@ def open_run(
         folder / "checkpoints",
         keep_last_n,
         on_corrupt=lambda reasons: report("corrupt_checkpoint", folder=str(folder), corrupt=dict(reasons)),
+        on_saved=on_saved,
     )
-    run = Run(folder, fingerprint, checkpoints=checkpoints, metadata=_read_record(folder, fingerprint), lock=None)
+    run = Run(
+        folder,
+        fingerprint,
+        checkpoints=checkpoints,
+        metadata=_read_record(folder, fingerprint),
+        lock=None,
+        on_mark=on_mark,
+    )
     if skip_completed and not fresh and run.is_complete():
         return run
 
@@ -168,18 +184,18 @@ def open_run(
         checkpoints.clean()
         # Read again: another process may have finished the run while this one waited for nothing.
         metadata = _read_record(folder, fingerprint)
-        run = Run(folder, fingerprint, checkpoints=checkpoints, metadata=metadata, lock=lock)
+        run = Run(folder, fingerprint, checkpoints=checkpoints, metadata=metadata, lock=lock, on_mark=on_mark)
         complete = run.is_complete()
         if fresh or (complete and not skip_completed):
             checkpoints.clear()
-            return Run(folder, fingerprint, checkpoints=checkpoints, metadata={}, lock=lock)
+            return Run(folder, fingerprint, checkpoints=checkpoints, metadata={}, lock=lock, on_mark=on_mark)
         if metadata and metadata["status"] == "completed" and not complete:
             report(
                 "corrupt_artifact", folder=str(run.artifact), message="a completed run lost its artifact: it resumes"
             )
         if metadata and metadata["status"] in {"running", "completed"} and not complete:
             metadata["status"] = "interrupted"
-            return Run(folder, fingerprint, checkpoints=checkpoints, metadata=metadata, lock=lock)
+            return Run(folder, fingerprint, checkpoints=checkpoints, metadata=metadata, lock=lock, on_mark=on_mark)
     except BaseException:
         lock.release()
         raise
