@@ -13,6 +13,7 @@ INLINE void KV(scores)(const KV_TYPE *keys, size_t head_dim, size_t blocks, cons
         VEC sums[WF_QUERY_ROWS][2];
         for (int row = 0; row < rows; row++) sums[row][0] = sums[row][1] = SET(splat)(0.0f);
         for (size_t j = 0; j < head_dim; j++) {
+            __builtin_prefetch(block + j * WF_KEY_BLOCK + WF_AHEAD / sizeof(KV_TYPE));
             VEC first = KV_LOAD(block + j * WF_KEY_BLOCK), second = KV_LOAD(block + j * WF_KEY_BLOCK + LANES);
 #pragma GCC unroll 4
             for (int row = 0; row < rows; row++) {
@@ -34,6 +35,7 @@ INLINE void KV(mix_columns)(const KV_TYPE *values, size_t width, size_t position
     for (int row = 0; row < rows; row++)
         for (int v = 0; v < vectors; v++) sums[row][v] = SET(splat)(0.0f);
     for (size_t at = 0; at < positions; at++) {
+        __builtin_prefetch(values + at * width + WF_AHEAD / sizeof(KV_TYPE));
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) {
             VEC value = KV_LOAD(values + at * width + v * LANES);

@@ -10,6 +10,7 @@
 
 typedef float SET(vec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t SET(ivec) __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int8_t SET(bytes) __attribute__((vector_size(LANES), aligned(1), may_alias));
 #define VEC SET(vec)
 #define IVEC SET(ivec)
 #define INLINE TARGET static inline __attribute__((always_inline))
@@ -64,66 +65,82 @@ TARGET static void SET(rms_norm)(const float *x, const float *gain, size_t width
 
 /* codes = round_half_even(x * max / g) with g = max(max |x|, 1e-5), as quantization/activation_quant.py rounds.
  * Without quantization (code_max 0) 15-bit codes stand in: 16256 = 127 * 128 steps to the largest value. */
+INLINE void SET(quantize_vector)(VEC x, float steps, float range, size_t place, size_t count, const WfCodes *codes, int8_t *row,
+                                 IVEC *sums) {
+    VEC rounded = x * SET(splat)(steps) / SET(splat)(range) + SET(splat)(12582912.0f);
+    IVEC code = (IVEC)rounded - (IVEC)SET(splat)(12582912.0f), high = code;
+    if (codes->planes == 2) {
+        high = (code + 64) >> 7;
+        IVEC low = code - (high << 7);
+        SET(bytes) narrow = __builtin_convertvector(low, SET(bytes));
+        memcpy(row + codes->stride + place, &narrow, count);
+        sums[1] += low;
+    }
+    SET(bytes) narrow = __builtin_convertvector(high, SET(bytes));
+    memcpy(row + place, &narrow, count);
+    sums[0] += high;
+}
+
 TARGET static void SET(quantize)(const float *x, size_t width, int32_t code_max, size_t token, const WfCodes *codes) {
     int8_t *row = codes->codes + token * codes->planes * codes->stride;
-    int32_t largest = 0, *sums = codes->sums + token * codes->planes;
-    for (size_t i = 0; i < width; i++) { /* without the sign, bits of floats order as integers do, NaN above all */
-        int32_t bits;
-        memcpy(&bits, x + i, 4);
-        bits &= 0x7fffffff;
-        largest = bits > largest ? bits : largest;
+    const size_t whole = width / LANES * LANES;
+    float tail[LANES] = {0};
+    memcpy(tail, x + whole, (width - whole) * sizeof(float));
+    const IVEC magnitude = (IVEC){0} + 0x7fffffff; /* without the sign, bits of floats order as integers do, NaN above all */
+    IVEC largest = *(const IVEC *)tail & magnitude, sums[2] = {{0}, {0}};
+    for (size_t i = 0; i < whole; i += LANES) {
+        IVEC bits = *(const IVEC *)(x + i) & magnitude, greater = bits > largest;
+        largest = (bits & greater) | (largest & ~greater);
     }
+    int32_t lanes[LANES], most = 0;
     float range;
-    memcpy(&range, &largest, 4);
+    *(IVEC *)lanes = largest;
+    for (int lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
+    memcpy(&range, &most, 4);
     range = range < 1e-5f ? 1e-5f : range;
     const float steps = code_max ? (float)code_max : 16256.0f;
     codes->scales[token] = range / steps;
-    memset(row, 0, codes->planes * codes->stride);
-    for (size_t plane = 0; plane < codes->planes; plane++) sums[plane] = 0;
-    if (!isfinite(range)) return; /* the scale carries it on: 0 * inf and 0 * NaN are NaN */
-    for (size_t i = 0; i < width; i += LANES) {
-        float padded[LANES] = {0};
-        size_t count = width - i < LANES ? width - i : LANES;
-        memcpy(padded, x + i, count * sizeof(float));
-        VEC rounded = SET(load)(padded) * SET(splat)(steps) / SET(splat)(range) + SET(splat)(12582912.0f);
-        int32_t code[LANES];
-        *(IVEC *)code = (IVEC)rounded - (IVEC)SET(splat)(12582912.0f);
-        for (size_t lane = 0; lane < count; lane++) {
-            if (code_max) {
-                row[i + lane] = (int8_t)code[lane];
-                sums[0] += code[lane];
-            } else {
-                int32_t high = (code[lane] + 64) >> 7, low = code[lane] - high * 128;
-                row[i + lane] = (int8_t)high;
-                row[codes->stride + i + lane] = (int8_t)low;
-                sums[0] += high;
-                sums[1] += low;
-            }
-        }
+    int32_t *totals = codes->sums + token * codes->planes;
+    for (size_t plane = 0; plane < codes->planes; plane++) totals[plane] = 0;
+    if (!isfinite(range)) { /* the scale carries it on: 0 * inf and 0 * NaN are NaN */
+        memset(row, 0, codes->planes * codes->stride);
+        return;
+    }
+    for (size_t i = 0; i < whole; i += LANES) SET(quantize_vector)(SET(load)(x + i), steps, range, i, LANES, codes, row, sums);
+    if (whole < width) SET(quantize_vector)(SET(load)(tail), steps, range, whole, width - whole, codes, row, sums);
+    for (size_t plane = 0; plane < codes->planes; plane++) {
+        memset(row + plane * codes->stride + width, 0, codes->stride - width);
+        *(IVEC *)lanes = sums[plane];
+        for (int lane = 0; lane < LANES; lane++) totals[plane] += lanes[lane];
     }
 }
 
+INLINE VEC SET(finished)(const int32_t *sums, const int32_t *offsets, size_t planes, float scale, const WfFinish *to, size_t row) {
+    VEC y = __builtin_convertvector(*(const IVEC *)(sums + row) - offsets[0], VEC);
+    if (planes == 2) y = y * 128.0f + __builtin_convertvector(*(const IVEC *)(sums + WF_ROWS + row) - offsets[1], VEC);
+    if (to->row_scales) y *= scale * SET(load)(to->row_scales + row);
+    else y *= SET(splat)(scale * to->scale);
+    if (to->bias) y += SET(load)(to->bias + row);
+    return y;
+}
+
 TARGET static void SET(finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *to) {
-    for (size_t t = 0; t < tokens; t++) {
-        const int32_t *high = sums + t * codes->planes * WF_ROWS, *sum = codes->sums + (first + t) * codes->planes;
-        float y[WF_ROWS], *out = to->y + (first + t) * to->stride;
-        for (int row = 0; row < WF_ROWS; row++) y[row] = (float)(high[row] - to->offset * sum[0]);
-        if (codes->planes == 2)
-            for (int row = 0; row < WF_ROWS; row++)
-                y[row] = y[row] * 128.0f + (float)(high[WF_ROWS + row] - to->offset * sum[1]);
-        float scale = codes->scales[first + t];
-        if (to->row_scales)
-            for (int row = 0; row < WF_ROWS; row++) y[row] *= scale * to->row_scales[row];
-        else
-            for (int row = 0; row < WF_ROWS; row++) y[row] *= scale * to->scale;
-        if (to->bias)
-            for (int row = 0; row < WF_ROWS; row++) y[row] += to->bias[row];
-        if (to->rows < WF_ROWS)
-            for (size_t row = 0; row < to->rows; row++) out[row] = to->add ? out[row] + y[row] : y[row];
-        else if (to->add)
-            for (int row = 0; row < WF_ROWS; row++) out[row] += y[row];
-        else
-            memcpy(out, y, sizeof y);
+    for (size_t t = 0; t < tokens; t++, sums += codes->planes * WF_ROWS) {
+        const int32_t *totals = codes->sums + (first + t) * codes->planes;
+        const int32_t offsets[2] = {to->offset * totals[0], codes->planes == 2 ? to->offset * totals[1] : 0};
+        const float scale = codes->scales[first + t];
+        float *out = to->y + (first + t) * to->stride;
+        size_t row = 0;
+        for (; row + LANES <= to->rows; row += LANES) {
+            VEC y = SET(finished)(sums, offsets, codes->planes, scale, to, row);
+            if (to->add) y += SET(load)(out + row);
+            SET(save)(out + row, y);
+        }
+        if (row < to->rows) {
+            float tail[LANES];
+            SET(save)(tail, SET(finished)(sums, offsets, codes->planes, scale, to, row));
+            for (size_t i = row; i < to->rows; i++) out[i] = to->add ? out[i] + tail[i - row] : tail[i - row];
+        }
     }
 }
 

@@ -110,24 +110,35 @@ AMX_TARGET static void configure(size_t first, size_t second) {
     _tile_loadconfig(&config);
 }
 
-/* [operand][plane][16 groups][64 bytes]; groups beyond the last are zero and add nothing. */
-AMX_TARGET static void unpack(const uint8_t *tiles, size_t groups, size_t operands, int wide, uint8_t *weights) {
-    const __m512i mask = _mm512_set1_epi8(3);
+/* Where the operands of a slab lie: row `i` of plane `p` of operand `k` at weights + 4096 k + p * plane + i * row. */
+typedef struct {
+    const uint8_t *weights;
+    size_t operands, plane, row;
+} Operands;
+
+/* Groups beyond the last become zero and add nothing. */
+AMX_TARGET static Operands unpack(const uint8_t *tiles, size_t groups, size_t operands, int wide, uint8_t *weights) {
+    const __m512i mask = _mm512_set1_epi8(3), zero = _mm512_setzero_si512();
     for (size_t g = 0; g < 16 * operands; g++) {
         uint8_t *to = weights + g / 16 * 4096 + g % 16 * 64;
-        __m512i w[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
-        if (g < groups && wide)
-            for (int plane = 0; plane < 4; plane++) w[plane] = _mm512_loadu_si512(tiles + 256 * g + 64 * plane);
-        else if (g < groups) {
+        __m512i w0 = zero, w1 = zero, w2 = zero, w3 = zero;
+        if (g < groups && wide) {
+            const uint8_t *from = tiles + 256 * g;
+            w0 = _mm512_loadu_si512(from), w1 = _mm512_loadu_si512(from + 64);
+            w2 = _mm512_loadu_si512(from + 128), w3 = _mm512_loadu_si512(from + 192);
+        } else if (g < groups) {
+            __builtin_prefetch(tiles + 64 * g + WF_AHEAD);
             __m512i packed = _mm512_loadu_si512(tiles + 64 * g);
-            w[0] = _mm512_and_si512(packed, mask), w[1] = _mm512_and_si512(_mm512_srli_epi16(packed, 2), mask);
-            w[2] = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), w[3] = _mm512_and_si512(_mm512_srli_epi16(packed, 6), mask);
+            w0 = _mm512_and_si512(packed, mask), w1 = _mm512_and_si512(_mm512_srli_epi16(packed, 2), mask);
+            w2 = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask), w3 = _mm512_and_si512(_mm512_srli_epi16(packed, 6), mask);
         }
-        for (int plane = 0; plane < 4; plane++) _mm512_store_si512(to + 1024 * plane, w[plane]);
+        _mm512_store_si512(to, w0), _mm512_store_si512(to + 1024, w1);
+        _mm512_store_si512(to + 2048, w2), _mm512_store_si512(to + 3072, w3);
     }
+    return (Operands){weights, operands, 1024, 64};
 }
 
-AMX_TARGET static void tiled(const uint8_t *weights, size_t operands, const int8_t *codes, size_t stride, int two, int32_t *sums) {
+AMX_TARGET static void tiled(Operands from, const int8_t *codes, size_t stride, int two, int32_t *sums) {
     const size_t row = WF_ROWS * sizeof(int32_t);
     for (int plane = 0; plane < 4; plane += 2) {
         int32_t *first = sums + 16 * plane, *second = first + 16 * WF_ROWS;
@@ -137,11 +148,11 @@ AMX_TARGET static void tiled(const uint8_t *weights, size_t operands, const int8
             _tile_loadd(2, second, row);
             _tile_loadd(3, second + 16, row);
         }
-        for (size_t k = 0; k < operands; k++) {
-            const uint8_t *w = weights + 4096 * k + 1024 * plane;
+        for (size_t k = 0; k < from.operands; k++) {
+            const uint8_t *w = from.weights + 4096 * k + plane * from.plane;
             _tile_loadd(4, codes + 64 * k, stride);
-            _tile_loadd(6, w, 64);
-            _tile_loadd(7, w + 1024, 64);
+            _tile_loadd(6, w, from.row);
+            _tile_loadd(7, w + from.plane, from.row);
             _tile_dpbsud(0, 4, 6);
             _tile_dpbsud(1, 4, 7);
             if (two) {
@@ -164,14 +175,22 @@ AMX_TARGET static void amx_products(const uint8_t *tiles, size_t groups, const i
                                     int32_t *sums, int wide) {
     uint8_t weights[SLAB * 4096] __attribute__((aligned(64)));
     memset(sums, 0, tokens * WF_ROWS * sizeof(int32_t));
-    for (size_t g = 0; g < groups; g += 16 * SLAB) {
-        size_t operands = (groups - g + 15) / 16, first = 0, second = 0;
-        operands = operands < SLAB ? operands : SLAB;
-        unpack(tiles + (wide ? 256 : 64) * g, groups - g, operands, wide, weights);
+    for (size_t g = 0, count; g < groups; g += count) {
+        const uint8_t *from = tiles + (wide ? 256 : 64) * g;
+        const size_t left = groups - g < 16 * SLAB ? groups - g : 16 * SLAB;
+        Operands operands;
+        if (wide && left >= 16) { /* 8-bit tiles are operands as they lie, all but a last incomplete one */
+            operands = (Operands){from, left / 16, 64, 256};
+            for (size_t line = 0; line < 64 * operands.operands; line++) __builtin_prefetch(from + 4096 + 64 * line);
+        } else {
+            operands = unpack(from, left, (left + 15) / 16, wide, weights);
+        }
+        count = 16 * operands.operands;
+        size_t first = 0, second = 0;
         for (size_t t = 0; t < tokens; t += 32) {
-            size_t left = tokens - t, wanted = left < 16 ? left : 16, more = left < 16 ? 0 : left < 32 ? left - 16 : 16;
+            size_t rest = tokens - t, wanted = rest < 16 ? rest : 16, more = rest < 16 ? 0 : rest < 32 ? rest - 16 : 16;
             if (wanted != first || more != second) configure(first = wanted, second = more);
-            tiled(weights, operands, codes + t * stride + 4 * g, stride, more > 0, sums + t * WF_ROWS);
+            tiled(operands, codes + t * stride + 4 * g, stride, more > 0, sums + t * WF_ROWS);
         }
     }
     _tile_release();

@@ -7,12 +7,18 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "engine.h"
 #include "kernels.h"
 #include "pool.h"
 #include "product.h"
 
 enum {
+    MAX_OWNED = 64,
+    HUGE_PAGE = 1 << 21,
     TILE = 8, /* tokens of a sequence that attend as one item */
 };
 
@@ -39,19 +45,24 @@ struct WfModel {
     Tile *tiles;
     Scratch *scratch;
     int32_t *sums; /* [worker][WF_SUMS] */
-    void *owned[64];
+    void *owned[MAX_OWNED];
     size_t owned_count;
 };
 
-/* Zeroed memory aligned to 64 bytes, freed with the model; NULL marks the failure for wf_create to find. */
+/* Zeroed memory aligned to 64 bytes, freed with the model, in huge pages if it is large; notes a failure for wf_create. */
 static void *own(WfModel *model, size_t size, int *failed) {
-    void *memory = model->owned_count < 64 ? calloc(1, size + 64) : NULL;
+    const size_t alignment = size < HUGE_PAGE ? 64 : HUGE_PAGE;
+    void *memory = model->owned_count < MAX_OWNED ? calloc(1, size + alignment) : NULL;
     if (!memory) {
         *failed = 1;
         return NULL;
     }
     model->owned[model->owned_count++] = memory;
-    return (void *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
+    void *aligned = (void *)(((uintptr_t)memory + alignment - 1) & ~(uintptr_t)(alignment - 1));
+#if defined(MADV_HUGEPAGE)
+    if (alignment == HUGE_PAGE) madvise(aligned, size, MADV_HUGEPAGE);
+#endif
+    return aligned;
 }
 
 static WfCodes own_codes(WfModel *model, size_t tokens, size_t planes, size_t stride, int *failed) {
