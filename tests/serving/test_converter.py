@@ -341,7 +341,7 @@ def test_unfinished_warm_ups_are_refused(
             QWEN3,
             "output",
             {"target": "llama.cpp"},
-            r"llama.cpp does not run this model: it has SubLN before o_proj and down_proj, .* use --target bitnet.cpp or "
+            r"llama.cpp does not run this model: it has norms on q and k, .* use --target bitnet.cpp or "
             "--target wrinklefree",
         ),
         (RELU2, "output", {"target": "llama.cpp"}, r"squared ReLU instead of SiLU.* use --target wrinklefree"),

@@ -63,7 +63,8 @@ def _bf16(values: Float32Array) -> Bytes:
 def _q8_0(values: Float32Array) -> Bytes:
     blocks = values.reshape(-1, _Q8_BLOCK)
     scales = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    stored = scales.astype("<f2")
+    with np.errstate(over="ignore"):
+        stored = scales.astype("<f2")
     if not np.isfinite(stored).all():
         raise ConfigError(f"a value of {float(np.abs(values).max()):g} does not fit into Q8_0; use BF16 or F32")
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=scales > 0)

@@ -26,7 +26,14 @@ DENSE = ("F16", "BF16", "F32")
 UPSTREAM_TERNARY = ("TQ2_0", "TQ1_0", "Q2_0", "Q4_0")
 """In the order in which they are taken when no type is asked for."""
 
-Obstacles = Callable[[Architecture, Placement], Iterator[str]]
+Obstacles = Callable[[Architecture], Iterator[str]]
+
+
+_PLACEMENTS: Mapping[Placement, str] = {
+    "none": "no SubLN",
+    "output": "SubLN before o_proj and down_proj",
+    "per_projection": "SubLN in all projections",
+}
 
 
 @dataclass(frozen=True)
@@ -37,12 +44,19 @@ class GGUFArchitecture:
     target: TargetName
     ternary_types: tuple[str, ...]
     """First the one taken when none is asked for."""
-    obstacles: Obstacles
-    """What the runtime does not do under this name, each as the end of "it has ..."."""
+    placements: tuple[Placement, ...]
+    """Where SubLN norms may stand."""
+    switches: Obstacles
+    """What else the runtime does not do under this name, each as the end of "it has ..."."""
     square: bool = False
     """Whether heads times head_dim must equal the hidden size."""
     norms_at_inputs: bool = False
     """Whether SubLN norms are spelled as norms of projection inputs (`attn_output_norm_in`)."""
+
+    def obstacles(self, architecture: Architecture, placement: Placement) -> list[str]:
+        """What keeps a model out of this row, each as the end of "it has ..."."""
+        norms = [] if placement in self.placements else [_PLACEMENTS[placement]]
+        return [*norms, *self.switches(architecture)]
 
     @property
     def rotary_pairs_joined(self) -> bool:
@@ -77,18 +91,7 @@ def _head_width(architecture: Architecture) -> Iterator[str]:
         yield f"{heads} = {width} beside {architecture.hidden_size} channels"
 
 
-def _placement(placement: Placement, *expected: Placement) -> Iterator[str]:
-    if placement not in expected:
-        what = {
-            "none": "no SubLN",
-            "output": "SubLN before o_proj and down_proj",
-            "per_projection": "SubLN in all projections",
-        }
-        yield what[placement]
-
-
-def _bitnet(architecture: Architecture, placement: Placement) -> Iterator[str]:
-    yield from _placement(placement, "output")
+def _bitnet(architecture: Architecture) -> Iterator[str]:
     yield from _activation(architecture)
     yield from _biases(architecture)
     yield from _query_key_norms(architecture)
@@ -98,15 +101,13 @@ def _bitnet(architecture: Architecture, placement: Placement) -> Iterator[str]:
         yield "a head of its own (not tied to the embedding)"
 
 
-def _llama(architecture: Architecture, placement: Placement) -> Iterator[str]:
-    yield from _placement(placement, "none")
+def _llama(architecture: Architecture) -> Iterator[str]:
     yield from _activation(architecture)
     yield from _query_key_norms(architecture)
     yield from _biases(architecture)
 
 
-def _qwen2(architecture: Architecture, placement: Placement) -> Iterator[str]:
-    yield from _placement(placement, "none")
+def _qwen2(architecture: Architecture) -> Iterator[str]:
     yield from _activation(architecture)
     yield from _query_key_norms(architecture)
     yield from _head_width(architecture)
@@ -117,17 +118,7 @@ def _qwen2(architecture: Architecture, placement: Placement) -> Iterator[str]:
         yield "biases outside of q, k and v"
 
 
-def _qwen3(architecture: Architecture, placement: Placement) -> Iterator[str]:
-    yield from _placement(placement, "none")
-    yield from _qwen3_block(architecture)
-
-
-def _qwen3_with_norms(architecture: Architecture, placement: Placement) -> Iterator[str]:
-    yield from _placement(placement, "output", "per_projection")
-    yield from _qwen3_block(architecture)
-
-
-def _qwen3_block(architecture: Architecture) -> Iterator[str]:
+def _qwen3(architecture: Architecture) -> Iterator[str]:
     yield from _activation(architecture)
     yield from _biases(architecture)
     yield from _rope_scaling(architecture)
@@ -135,23 +126,23 @@ def _qwen3_block(architecture: Architecture) -> Iterator[str]:
         yield "no norms on q and k"
 
 
-def _nothing(architecture: Architecture, placement: Placement) -> Iterator[str]:
+def _nothing(architecture: Architecture) -> Iterator[str]:
     yield from ()
 
 
 _BITNET_CPP_TERNARY = ("I2_S", "TQ2_0", "TQ1_0")
 
 ARCHITECTURES: tuple[GGUFArchitecture, ...] = (
-    GGUFArchitecture("bitnet", "llama.cpp", UPSTREAM_TERNARY, _bitnet, square=True),
-    GGUFArchitecture("llama", "llama.cpp", UPSTREAM_TERNARY, _llama),
-    GGUFArchitecture("qwen2", "llama.cpp", UPSTREAM_TERNARY, _qwen2, square=True),
-    GGUFArchitecture("qwen3", "llama.cpp", UPSTREAM_TERNARY, _qwen3),
-    GGUFArchitecture("bitnet", "bitnet.cpp", _BITNET_CPP_TERNARY, _bitnet, square=True),
-    GGUFArchitecture("llama", "bitnet.cpp", _BITNET_CPP_TERNARY, _llama),
-    GGUFArchitecture("qwen2", "bitnet.cpp", _BITNET_CPP_TERNARY, _qwen2, square=True),
-    GGUFArchitecture("qwen3", "bitnet.cpp", _BITNET_CPP_TERNARY, _qwen3),
-    GGUFArchitecture("qwen3", "bitnet.cpp", ("I2_S",), _qwen3_with_norms, norms_at_inputs=True),
-    GGUFArchitecture("wrinklefree", "wrinklefree", (*UPSTREAM_TERNARY, "I2_S"), _nothing),
+    GGUFArchitecture("bitnet", "llama.cpp", UPSTREAM_TERNARY, ("output",), _bitnet, square=True),
+    GGUFArchitecture("llama", "llama.cpp", UPSTREAM_TERNARY, ("none",), _llama),
+    GGUFArchitecture("qwen2", "llama.cpp", UPSTREAM_TERNARY, ("none",), _qwen2, square=True),
+    GGUFArchitecture("qwen3", "llama.cpp", UPSTREAM_TERNARY, ("none",), _qwen3),
+    GGUFArchitecture("bitnet", "bitnet.cpp", _BITNET_CPP_TERNARY, ("output",), _bitnet, square=True),
+    GGUFArchitecture("llama", "bitnet.cpp", _BITNET_CPP_TERNARY, ("none",), _llama),
+    GGUFArchitecture("qwen2", "bitnet.cpp", _BITNET_CPP_TERNARY, ("none",), _qwen2, square=True),
+    GGUFArchitecture("qwen3", "bitnet.cpp", _BITNET_CPP_TERNARY, ("none",), _qwen3),
+    GGUFArchitecture("qwen3", "bitnet.cpp", ("I2_S",), ("output", "per_projection"), _qwen3, norms_at_inputs=True),
+    GGUFArchitecture("wrinklefree", "wrinklefree", (*UPSTREAM_TERNARY, "I2_S"), tuple(_PLACEMENTS), _nothing),
 )
 
 
@@ -176,20 +167,20 @@ def choose_architecture(
     placement: Placement = "none" if bitnet is None else bitnet.placement
     wanted = TARGETS if target == "auto" else (target,)
     for row in ARCHITECTURES:
-        if row.target in wanted and _takes(row, weight_type) and not list(row.obstacles(architecture, placement)):
+        if row.target in wanted and _takes(row, weight_type) and not row.obstacles(architecture, placement):
             return row
     # Only an explicit target comes here: `wrinklefree` holds every model in every type.
     rows = [row for row in ARCHITECTURES if row.target == target]
-    holds = [row for row in ARCHITECTURES if not list(row.obstacles(architecture, placement))]
+    holds = [row for row in ARCHITECTURES if not row.obstacles(architecture, placement)]
     others = dict.fromkeys(row.target for row in holds if row.target != target and _takes(row, weight_type))
     advice = " or ".join(f"--target {name}" for name in others)
     for row in rows:
-        if not list(row.obstacles(architecture, placement)):
+        if not row.obstacles(architecture, placement):
             types = ", ".join([*row.ternary_types, *DENSE])
             raise ConfigError(
                 f"{target} does not read type {weight_type} in a {row.name} file (it reads {types}); use {advice}"
             )
-    closest = min(rows, key=lambda row: len(list(row.obstacles(architecture, placement))))
+    closest = min(rows, key=lambda row: _distance(row, architecture, placement))
     features = ", ".join(closest.obstacles(architecture, placement))
     raise ConfigError(
         f"{target} does not run this model: it has {features}, which {target}'s {closest.name} (the closest) does not do; "
@@ -219,6 +210,12 @@ def architecture_metadata(name: str, architecture: Architecture) -> Mapping[str,
         f"{name}.rope.dimension_count": architecture.head_dim,
         f"{name}.rope.freq_base": architecture.rope_theta,
     }
+
+
+def _distance(row: GGUFArchitecture, architecture: Architecture, placement: Placement) -> tuple[bool, bool, int]:
+    """How far a row is from a model: norms elsewhere, then a part that the model lacks, then the number of obstacles."""
+    obstacles = row.obstacles(architecture, placement)
+    return placement not in row.placements, any(text.startswith("no ") for text in obstacles), len(obstacles)
 
 
 def _takes(row: GGUFArchitecture, weight_type: str | None) -> bool:
