@@ -40,7 +40,7 @@ def text_folder(folder: Path, name: str, count: int) -> LocalSource:
 
 
 def config(*sources: LocalSource | FactsSource | PackagedSource, percent: float = 10.0) -> PretrainData:
-    return PretrainData(name="here", sources=sources, held_out_percent=percent)
+    return PretrainData(name="here", sources=sources, held_out_percent=percent, normalize_weights=True)
 
 
 def rows_of(data: PretrainData, tokenizer: Tokenizer, **changes: int) -> HeldOut:

@@ -1,5 +1,6 @@
 """The `data` group: text to pretrain on, or a task to fine-tune on. Imports no torch."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -18,7 +19,7 @@ class HubSource(Config):
     text_column: str = "text"
     revision: str | None = None
     weight: float = Field(default=1.0, gt=0)
-    """Share of the tokens drawn from this source, relative to the other sources' weights."""
+    """Share of the tokens drawn from this source; see `normalize_weights`."""
 
 
 class PackagedSource(Config):
@@ -36,6 +37,19 @@ class LocalSource(Config):
     path: str
     """A file, a folder (searched recursively) or a glob."""
     text_column: str = "text"
+    stream: bool = False
+    """Read the files in order instead of holding them in memory; documents are then shuffled in `shuffle_buffer`."""
+    weight: float = Field(default=1.0, gt=0)
+
+
+class TokensSource(Config):
+    """Text that `scripts/prepare_data.py` has tokenized: memory-mapped, shuffled whole, of any size."""
+
+    kind: Literal["tokens"] = "tokens"
+    path: str
+    """The folder that it wrote for a source."""
+    verify: bool = True
+    """Check every file's SHA-256 at the start (some seconds for 10 GB); sizes are checked in any case."""
     weight: float = Field(default=1.0, gt=0)
 
 
@@ -46,7 +60,12 @@ class FactsSource(Config):
     weight: float = Field(default=1.0, gt=0)
 
 
-TextSource = Annotated[HubSource | PackagedSource | LocalSource | FactsSource, Field(discriminator="kind")]
+WEIGHT_TOLERANCE = 1e-6
+"""How far from 1 the sum of weights may be."""
+
+TextSource = Annotated[
+    HubSource | PackagedSource | LocalSource | TokensSource | FactsSource, Field(discriminator="kind")
+]
 
 
 class PretrainData(Config):
@@ -55,10 +74,30 @@ class PretrainData(Config):
     kind: Literal["pretrain"] = "pretrain"
     name: str
     sources: tuple[TextSource, ...] = Field(min_length=1)
-    shuffle_buffer: int = Field(default=10_000, ge=1)
-    """Documents shuffled together when a source is streamed from the hub; others are shuffled whole."""
+    normalize_weights: bool = False
+    """Sources' weights are relative to each other. false: they are shares, and a sum other than 1 is refused."""
+    shuffle_buffer: int = Field(default=10_000, ge=0)
+    """Documents shuffled together where a source is read as a stream (the hub, local files with `stream`); 0 keeps the
+    stream's order. Sources that lie on this machine are shuffled whole in every epoch, whatever stands here."""
     held_out_percent: float = Field(default=2.0, ge=0, lt=50)
     """Documents kept out of training for validation, and as many again for the test, chosen by hash of the text."""
+    num_workers: int = Field(default=0, ge=0)
+    """Processes a rank that tokenize ahead of training; 0: a thread, with the tokenizer's own parallelism. The order of
+    documents does not depend on it."""
+    lanes: int | None = Field(default=None, ge=1)
+    """Streams that documents are dealt to; a process serves one or more. A run may continue on any number of processes
+    that divides it, with the same rows. null: one a process of the run's first start."""
+
+    @model_validator(mode="after")
+    def _weights_are_shares(self) -> "PretrainData":
+        total = math.fsum(source.weight for source in self.sources)
+        if not self.normalize_weights and abs(total - 1) > WEIGHT_TOLERANCE:
+            listed = " + ".join(f"{source.weight:g}" for source in self.sources)
+            raise ValueError(
+                f"the weights of the {len(self.sources)} sources sum to {total:g} ({listed}), not 1; correct them, or set "
+                "normalize_weights=true to take them as relative"
+            )
+        return self
 
 
 class FinetuneData(Config):
@@ -90,3 +129,6 @@ class PackingConfig(Config):
     """The root key `packing`: several documents in one row, none of which sees another."""
 
     enabled: bool = True
+    packer: Literal["concat", "best_fit"] = "concat"
+    """concat: documents end to end, one cut where a row ends, no padding. best_fit: rows are filled from a block of documents
+    so that only documents longer than a row are cut; a little padding. Examples of a task are never cut."""

@@ -1,7 +1,9 @@
 """Fine-tuning rows: prompts that are context, responses that are targets, and text to keep the language alive.
 
 Rows of an epoch are a function of (seed, epoch): examples in a drawn order, packed whole, several to a row, none seeing
-another. The state of the stream is therefore a row number and the state of the replayed text.
+another. All processes know all rows, and each takes one of the next `world_size`: every example is trained on once an
+epoch by one of them, all agree on the length of an epoch, and a run may continue on any other number. The state of the
+stream is a row number and the state of the replayed text.
 """
 
 from collections.abc import Sequence
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from wrinklefree.data.config import FinetuneData, PackingConfig
-from wrinklefree.data.packing import Piece, Row, collate, pack_whole
+from wrinklefree.data.packing import Piece, Row, best_fit, collate, pack_whole
 from wrinklefree.data.pretrain_dataset import pretrain_stream
 from wrinklefree.data.splits import Split
 from wrinklefree.data.streams import TextStream
@@ -27,9 +29,8 @@ class FinetuneStream:
     """Packed examples of a task, epoch after epoch, with rows of text mixed in."""
 
     def __init__(
-        self, examples: Sequence[Piece], *, replay: TextStream | None, replay_share: float, batch_size: int,
-        length: int,
-        packing: bool, pad_token_id: int, seed: int, rank: int = 0, world_size: int = 1,
+        self, examples: Sequence[Piece], *, replay: TextStream | None, replay_share: float, batch_size: int, length: int,
+        packing: PackingConfig, pad_token_id: int, seed: int, rank: int = 0, world_size: int = 1,
     ) -> None:  # fmt: skip
         self._examples = list(examples)
         self._replay, self._replay_share = replay, replay_share
@@ -37,10 +38,13 @@ class FinetuneStream:
         self._packing, self._seed = packing, seed
         self._rank, self._world_size = rank, world_size
         self._rows_drawn = 0
+        """Rows that all processes together have drawn, replayed ones included."""
         self._epoch, self._index = 0, 0
-        self._rows = self._rows_of(0)
-        self._rows_per_epoch = len(self._rows)
-        self._positions = self._padding = 0
+        """The next row of examples, for the first process; the others take those behind it."""
+        self._rows: dict[int, list[Row]] = {}
+        self._rows_per_epoch = len(self._rows_of(0))
+        self._example_rows = self._padding = 0
+        """Rows of examples that all processes have drawn, and the padding in them."""
 
     @property
     def tokens_per_batch(self) -> int:
@@ -49,26 +53,37 @@ class FinetuneStream:
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches until every example was drawn once, replayed rows included (an epoch ends inside a batch)."""
+        """Batches of a process until every example was drawn once, replayed rows included (it ends inside a batch)."""
         rows = self._rows_per_epoch / (1 - self._replay_share)
-        return max(1, -int(-rows // self._batch_size))
+        return max(1, -int(-rows // (self._batch_size * self._world_size)))
 
     @property
     def padding_share(self) -> float:
-        """See `BatchStream`."""
-        return self._padding / max(1, self._positions)
+        """See `BatchStream`; of the examples of all processes, and this process's text."""
+        positions, padding = self._example_rows * self._length, float(self._padding)
+        if self._replay is not None:
+            replayed = (self._rows_drawn - self._example_rows) * self._length
+            positions, padding = positions + replayed, padding + self._replay.padding_share * replayed
+        return padding / max(1, positions)
 
     @property
     def epoch(self) -> int:
         """Passes over the examples that were begun before the next row."""
         return self._epoch
 
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Mix the sources of the replayed text by other weights.
+
+        Raises:
+            ConfigError: no text is replayed.
+        """
+        if self._replay is None:
+            raise ConfigError("a task without data.replay has no sources to weigh")
+        self._replay.set_weights(weights)
+
     def next_batch(self) -> Batch:
         """See `BatchStream`."""
-        rows = [self._next_row() for _ in range(self._batch_size)]
-        self._positions += self.tokens_per_batch
-        self._padding += self.tokens_per_batch - sum(len(row) for row in rows)
-        return collate(rows, self._length, self._pad_token_id)
+        return collate([self._next_row() for _ in range(self._batch_size)], self._length, self._pad_token_id)
 
     def state_dict(self) -> dict[str, Any]:
         """See `BatchStream`."""
@@ -76,7 +91,7 @@ class FinetuneStream:
             "rows_drawn": self._rows_drawn,
             "epoch": self._epoch,
             "index": self._index,
-            "positions": self._positions,
+            "example_rows": self._example_rows,
             "padding": self._padding,
             "replay": None if self._replay is None else self._replay.state_dict(),
         }
@@ -84,27 +99,43 @@ class FinetuneStream:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `BatchStream`."""
         self._rows_drawn, self._epoch, self._index = state["rows_drawn"], state["epoch"], state["index"]
-        self._positions, self._padding = state["positions"], state["padding"]
-        self._rows = self._rows_of(self._epoch)
+        self._example_rows, self._padding = state["example_rows"], state["padding"]
         if self._replay is not None:
             self._replay.load_state_dict(state["replay"])
 
+    def close(self) -> None:
+        """End worker processes."""
+        if self._replay is not None:
+            self._replay.close()
+
     def _next_row(self) -> Row:
-        drawn = self._rows_drawn
-        self._rows_drawn += 1
-        # Evenly spread: after n rows, floor(n * share) of them were replayed.
+        # Evenly spread: after n rows of a process, floor(n * share) of them were replayed; all processes replay at once.
+        drawn = self._rows_drawn // self._world_size
+        self._rows_drawn += self._world_size
         if self._replay is not None and int((drawn + 1) * self._replay_share) > int(drawn * self._replay_share):
             return self._replay.next_row()
-        while self._index >= len(self._rows):
+        rows = [self._next_example_row() for _ in range(self._world_size)]
+        self._example_rows += self._world_size
+        self._padding += sum(self._length - len(row) for row in rows)
+        return rows[self._rank]
+
+    def _next_example_row(self) -> Row:
+        while self._index >= len(self._rows_of(self._epoch)):
             self._epoch, self._index = self._epoch + 1, 0
-            self._rows = self._rows_of(self._epoch)
         self._index += 1
-        return self._rows[self._index - 1]
+        return self._rows_of(self._epoch)[self._index - 1]
 
     def _rows_of(self, epoch: int) -> list[Row]:
-        order = np.random.default_rng([self._seed, epoch]).permutation(len(self._examples))
-        mine = (self._examples[index] for index in order[self._rank :: self._world_size])
-        return pack_whole(mine, self._length, enabled=self._packing)
+        if epoch not in self._rows:
+            generator = np.random.default_rng([self._seed, epoch])
+            examples = [self._examples[index] for index in generator.permutation(len(self._examples))]
+            if self._packing.enabled and self._packing.packer == "best_fit":
+                rows = best_fit(examples, self._length)
+                rows = [rows[index] for index in generator.permutation(len(rows))]
+            else:
+                rows = pack_whole(examples, self._length, enabled=self._packing.enabled)
+            self._rows = {epoch: rows}
+        return self._rows[epoch]
 
 
 def finetune_stream(
@@ -134,7 +165,7 @@ def finetune_stream(
         replay_share=config.replay_share,
         batch_size=batch_size,
         length=max_seq_length,
-        packing=packing.enabled,
+        packing=packing,
         pad_token_id=tokenizer.pad_token_id,
         seed=seed,
         rank=rank,

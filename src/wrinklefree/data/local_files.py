@@ -1,8 +1,12 @@
-"""Documents from files of one's own: .txt (a file is a document), .jsonl and .parquet (a row is a document)."""
+"""Documents from files of one's own: .txt (a file is a document), .jsonl and .parquet (a row is a document).
+
+Whole in memory (`load_local`), or file after file (`LocalStream`), at a position that can be saved.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +55,34 @@ def load_local(source: LocalSource) -> list[str]:
     return documents
 
 
+class LocalStream:
+    """Rows of a local source in the order of its files, from any position; iterate once.
+
+    Raises:
+        DataError: there are no files; while iterating, one that is damaged or lacks the text column.
+    """
+
+    def __init__(self, source: LocalSource) -> None:
+        self._files, self._column = local_files(source), source.text_column
+        self._file = self._row = 0
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        """Rows from the loaded state on; a row of text only is `{text_column: text}`."""
+        while self._file < len(self._files):
+            for text in islice(_documents(self._files[self._file], self._column), self._row, None):
+                self._row += 1
+                yield {self._column: text}
+            self._file, self._row = self._file + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """File, and rows of it that were handed out."""
+        return {"file": self._file, "row": self._row}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Start the iteration at a position."""
+        self._file, self._row = state_dict["file"], state_dict["row"]
+
+
 def local_fingerprint(source: LocalSource) -> str:
     """Hash of the files' contents and of the column read; names and places do not matter."""
     digest = hashlib.sha256(source.text_column.encode())
@@ -77,18 +109,24 @@ def _read_text(file: Path) -> str:
 
 
 def _json_lines(file: Path, column: str) -> Iterator[str]:
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row: Any = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{file}, line {number}: not valid JSON ({error.msg}); fix or remove the line") from error
-        if not isinstance(row, dict):
-            raise DataError(f"{file}, line {number}: a {type(row).__name__} instead of an object with a {column!r} key")
-        if column not in row:
-            raise _missing_column(f"{file}, line {number}", column, list(row))
-        yield _checked(row[column], f"{file}, line {number}", column)
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield _json_line(line, f"{file}, line {number}", column)
+
+
+def _json_line(line: bytes, where: str, column: str) -> str:
+    try:
+        row: Any = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where} is not UTF-8 text (byte {error.start} of the line); convert the file") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg}); fix or remove the line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: a {type(row).__name__} instead of an object with a {column!r} key")
+    if column not in row:
+        raise _missing_column(where, column, list(row))
+    return _checked(row[column], where, column)
 
 
 def _parquet(file: Path, column: str) -> Iterator[str]:

@@ -3,9 +3,11 @@
 A document longer than T is cut, never truncated: its full-length pieces become rows of their own, and only its tail
 shares a row with others, so long documents keep as much context as the row allows. A piece restarts positions at 0 and
 is a document of its own for attention; its last position still predicts the document's next token, so cutting loses no
-target. Every token but a document's first is a target exactly once. Tails are concatenated greedily and cut where a row
-ends, so a packed stream has no padding until it is flushed. Examples of a task must stay whole: `pack_whole`
-puts each into the first of a few open rows that has room, and what stays free is padding.
+target. Every token but a document's first is a target exactly once.
+
+`Packer` concatenates tails greedily and cuts them where a row ends: no padding until it is flushed. `best_fit` looks at
+many pieces at once and cuts none: each goes, longest first, to the fullest row that has room, and what stays free is
+padding. `pack_whole` is for examples of a task in an order that should be kept: first fit into a few open rows.
 """
 
 from collections.abc import Iterable, Sequence
@@ -151,6 +153,38 @@ def pack_whole(pieces: Iterable[Piece], length: int, *, enabled: bool = True, op
         if len(filling) > open_rows:
             closed.append(Row(tuple(filling.pop(0))))
     return closed + [Row(tuple(row)) for row in filling]
+
+
+def best_fit(pieces: Sequence[Piece], length: int) -> list[Row]:
+    """All rows of a finite list of pieces, none of which is cut: best fit, longest first.
+
+    Rows come in the order in which they were opened; a caller who minds that long pieces come first shuffles them.
+
+    Raises:
+        ValueError: a piece longer than a row.
+    """
+    rows: list[list[Piece]] = []
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]
+    """Free positions -> rows that have exactly so many; the last opened is taken first."""
+    free = 0
+    """Bit f is set where `open_rows[f]` holds a row: the smallest room that suffices is the lowest bit from a length on."""
+    for piece in sorted((piece for piece in pieces if len(piece)), key=len, reverse=True):
+        size = len(piece)
+        if size > length:
+            raise ValueError(f"a piece of {size} tokens does not fit a row of {length}")
+        fitting = free >> size
+        if fitting:
+            room = size + (fitting & -fitting).bit_length() - 1
+            row = open_rows[room].pop()
+            if not open_rows[room]:
+                free ^= 1 << room
+            rows[row].append(piece)
+        else:
+            row, room = len(rows), length
+            rows.append([piece])
+        open_rows[room - size].append(row)
+        free |= 1 << (room - size)
+    return [Row(tuple(row)) for row in rows]
 
 
 def collate(rows: Sequence[Row], length: int, pad_token_id: int) -> Batch:

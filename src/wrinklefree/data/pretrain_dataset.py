@@ -19,27 +19,41 @@ from wrinklefree.data.config import (
     FactsSource,
     FinetuneData,
     HubSource,
+    LocalSource,
+    PackagedSource,
     PackingConfig,
     PretrainData,
     TextSource,
+    TokensSource,
 )
+from wrinklefree.data.encoding import DocumentEncoder, already_encoded
 from wrinklefree.data.facts import biographies
 from wrinklefree.data.hub import open_hub_stream, text_of
+from wrinklefree.data.local_files import LocalStream
 from wrinklefree.data.packing import Piece, Row, collate, pack_whole
-from wrinklefree.data.sources import load_documents, open_reader, source_fingerprint, source_name, training_part
+from wrinklefree.data.sources import (
+    is_streamed,
+    load_documents,
+    open_source,
+    source_fingerprint,
+    source_name,
+    training_part,
+)
 from wrinklefree.data.splits import hash_share, split_by_hash
-from wrinklefree.data.streams import LARGEST_FINITE_BLOCK, PieceCursor, TextStream
+from wrinklefree.data.streams import LARGEST_FINITE_BLOCK, Lane, Packing, PieceCursor, TextStream
 from wrinklefree.data.tasks import get_task
+from wrinklefree.data.token_shards import check_tokenizer, held_out_texts
 from wrinklefree.data.tokens import Tokenizer, start_token_id
 from wrinklefree.models.records import IGNORE, Batch
+from wrinklefree.utils.errors import ConfigError
 
 HELD_OUT_CHARACTERS = 2000
 """Characters scored of one held-out document, so that one long document does not become the whole measure."""
-HUB_HELD_OUT_DOCUMENTS = 128
-HUB_SCANNED_DOCUMENTS = 50_000
-"""A hub dataset's held-out text is looked for among this many documents at its beginning."""
+STREAM_HELD_OUT_DOCUMENTS = 128
+SCANNED_DOCUMENTS = 50_000
+"""A stream's held-out text is looked for among this many documents at its beginning."""
 TOKENIZER_BIOGRAPHY_EPOCHS = 5
-TOKENIZER_HUB_DOCUMENTS = 20_000
+TOKENIZER_STREAM_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True)
@@ -59,45 +73,68 @@ def pretrain_stream(
     config: PretrainData, tokenizer: Tokenizer, *, batch_size: int, max_seq_length: int, packing: PackingConfig,
     seed: int, rank: int = 0, world_size: int = 1,
 ) -> TextStream:  # fmt: skip
-    """An endless stream of packed text, in an order that depends on the seed only.
+    """An endless stream of packed text, in an order that depends on the seed and the number of lanes only.
 
     Raises:
-        DataError: a source that is missing, damaged or empty.
+        ConfigError: lanes that the processes cannot share.
+        DataError: a source that is missing, damaged, empty, or tokenized by another tokenizer.
         NetworkError: a source that needs a network that is not there.
     """
-    cursors = [
-        PieceCursor(
-            open_reader(source, seed=_source_seed(seed, index), held_out_percent=config.held_out_percent),
-            tokenizer,
-            name=source_name(source),
-            length=max_seq_length,
-            block_size=config.shuffle_buffer if isinstance(source, HubSource) else LARGEST_FINITE_BLOCK,
-            seed=_source_seed(seed, index),
-            rank=rank,
-            world_size=world_size,
-        )
-        for index, source in enumerate(config.sources)
-    ]
+    if config.lanes is not None and config.lanes % world_size:
+        raise ConfigError(f"data.lanes={config.lanes} cannot be shared by {world_size} processes; give a multiple")
+    for source in config.sources:
+        if isinstance(source, TokensSource):
+            check_tokenizer(source, tokenizer)
+    readers = [open_source(source, held_out_percent=config.held_out_percent) for source in config.sources]
+    encode = DocumentEncoder(tokenizer, config.num_workers)
+    packer: Packing = packing.packer if packing.enabled else "none"
+
+    def make_lane(lane: int, lane_count: int) -> Lane:
+        cursors = [
+            PieceCursor(
+                open_reader(_source_seed(seed, index)),
+                already_encoded if isinstance(source, TokensSource) else encode,
+                name=source_name(source),
+                length=max_seq_length,
+                block_size=(config.shuffle_buffer or LARGEST_FINITE_BLOCK)
+                if is_streamed(source)
+                else LARGEST_FINITE_BLOCK,
+                seed=_source_seed(seed, index),
+                packing=packer,
+                shuffle=config.shuffle_buffer > 0 or not is_streamed(source),
+                lane=lane,
+                lane_count=lane_count,
+            )
+            for index, (source, open_reader) in enumerate(zip(config.sources, readers, strict=True))
+        ]
+        return Lane(cursors, [source.weight for source in config.sources], length=max_seq_length, packing=packer)
+
     return TextStream(
-        cursors,
-        [source.weight for source in config.sources],
+        make_lane,
+        lane_count=config.lanes or world_size,
         batch_size=batch_size,
         length=max_seq_length,
-        packing=packing.enabled,
         pad_token_id=tokenizer.pad_token_id,
+        rank=rank,
+        world_size=world_size,
+        close=encode.close,
     )
 
 
 def training_documents(config: PretrainData) -> Iterator[str]:
-    """Training text of every source once (the beginning of a hub dataset): what a tokenizer is trained on."""
+    """Training text of every source once (the beginning of a stream): what a tokenizer is trained on."""
     for index, source in enumerate(config.sources):
         if isinstance(source, FactsSource):
             for epoch in range(TOKENIZER_BIOGRAPHY_EPOCHS):
                 yield from biographies(index, epoch)
-        elif isinstance(source, HubSource):
-            reader = open_reader(source, seed=0, held_out_percent=config.held_out_percent)
-            yield from reader.read(TOKENIZER_HUB_DOCUMENTS)
+        elif isinstance(source, TokensSource):
+            raise ConfigError(
+                f"{source_name(source)} holds tokens, and a new tokenizer is trained on text: give text sources"
+            )
+        elif is_streamed(source):
+            yield from open_source(source, held_out_percent=config.held_out_percent)(0).read(TOKENIZER_STREAM_DOCUMENTS)
         else:
+            assert isinstance(source, PackagedSource | LocalSource)
             yield from training_part(load_documents(source), config.held_out_percent, source_name(source))
 
 
@@ -160,7 +197,7 @@ def _identities(config: DataConfig) -> Iterator[str]:
         if config.replay is not None:
             yield from _identities(config.replay)
         return
-    yield f"text {config.held_out_percent} {config.shuffle_buffer}"
+    yield f"text {config.held_out_percent} {config.shuffle_buffer} {config.lanes}"
     for source in config.sources:
         yield f"{source.kind} {source.weight} {source_fingerprint(source)}"
 
@@ -171,16 +208,20 @@ def _source_seed(seed: int, index: int) -> int:
 
 def _held_out_of(source: TextSource, percent: float, split: str) -> list[str]:
     documents: Iterable[str]
-    if isinstance(source, HubSource):
-        rows = islice(open_hub_stream(source), HUB_SCANNED_DOCUMENTS)
+    if isinstance(source, HubSource) or (isinstance(source, LocalSource) and source.stream):
+        rows = islice(
+            open_hub_stream(source) if isinstance(source, HubSource) else LocalStream(source), SCANNED_DOCUMENTS
+        )
         documents = (text_of(row, source.text_column, source_name(source)) for row in rows)
     elif isinstance(source, FactsSource):
         return []
+    elif isinstance(source, TokensSource):
+        documents = held_out_texts(source)
     else:
         documents = load_documents(source)
     share = percent / 100
     chosen = (text for text in documents if text.strip() and split_by_hash(text, validation=share, test=share) == split)
-    return list(islice(chosen, HUB_HELD_OUT_DOCUMENTS)) if isinstance(source, HubSource) else list(chosen)
+    return list(islice(chosen, STREAM_HELD_OUT_DOCUMENTS)) if is_streamed(source) else list(chosen)
 
 
 def _interleave(by_source: Sequence[tuple[float, list[str]]]) -> Iterator[str]:

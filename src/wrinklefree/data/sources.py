@@ -7,21 +7,28 @@ it again.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 from httpx2 import HTTPError
+from numpy.typing import NDArray
+from pyarrow import ArrowException
 
-from wrinklefree.data.config import FactsSource, HubSource, LocalSource, PackagedSource, TextSource
+from wrinklefree.data.config import FactsSource, HubSource, LocalSource, PackagedSource, TextSource, TokensSource
 from wrinklefree.data.corpora import corpus_fingerprint, load_corpus
 from wrinklefree.data.facts import biographies, facts_fingerprint
 from wrinklefree.data.hub import ResumableStream, hub_revision, open_hub_stream, text_of
-from wrinklefree.data.local_files import load_local, local_fingerprint
+from wrinklefree.data.local_files import LocalStream, load_local, local_fingerprint
 from wrinklefree.data.splits import split_by_hash
+from wrinklefree.data.token_shards import open_tokens, tokens_fingerprint
+from wrinklefree.data.tokens import Tokens
 from wrinklefree.utils.errors import DataError, NetworkError
 
+Document = TypeVar("Document")
+ReadDocument = TypeVar("ReadDocument", covariant=True)
 
-class DocumentReader(Protocol):
+
+class DocumentReader(Protocol[ReadDocument]):
     """Training documents of one source, epoch after epoch."""
 
     @property
@@ -29,7 +36,7 @@ class DocumentReader(Protocol):
         """Passes over the source that were begun before the next document."""
         ...
 
-    def read(self, count: int) -> list[str]:
+    def read(self, count: int) -> Sequence[ReadDocument]:
         """The next documents, at most `count`, fewer at the end of an epoch."""
         ...
 
@@ -43,20 +50,25 @@ class DocumentReader(Protocol):
 
 
 @dataclass
-class FiniteReader:
-    """Documents that fit in memory, shuffled whole in every epoch: the order depends on (seed, epoch) only."""
+class FiniteReader(Generic[Document]):
+    """Documents that can be had by index, shuffled whole in every epoch: the order depends on (seed, epoch) only."""
 
-    documents_of: Callable[[int], Sequence[str]]
+    documents_of: Callable[[int], Sequence[Document]]
     """Epoch -> its documents; constant but for generated text."""
     seed: int
     epoch: int = 0
     _index: int = 0
-    _order: tuple[int, list[str]] | None = None
+    _order: tuple[int, Sequence[Document], NDArray[np.int64]] | None = None
+    """Epoch, its documents, and their order; documents themselves may be far too many to gather here."""
 
-    def read(self, count: int) -> list[str]:
+    def read(self, count: int) -> list[Document]:
         """See `DocumentReader`."""
-        documents = self._shuffled()
-        taken = documents[self._index : self._index + count]
+        if self._order is None or self._order[0] != self.epoch:
+            documents = self.documents_of(self.epoch)
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(documents))
+            self._order = (self.epoch, documents, order)
+        _, documents, order = self._order
+        taken = [documents[index] for index in order[self._index : self._index + count].tolist()]
         self._index += len(taken)
         if self._index >= len(documents):
             self.epoch, self._index = self.epoch + 1, 0
@@ -70,13 +82,6 @@ class FiniteReader:
         """See `DocumentReader`."""
         self.epoch, self._index = state["epoch"], state["index"]
 
-    def _shuffled(self) -> list[str]:
-        if self._order is None or self._order[0] != self.epoch:
-            documents = list(self.documents_of(self.epoch))
-            order: list[int] = np.random.default_rng([self.seed, self.epoch]).permutation(len(documents)).tolist()
-            self._order = (self.epoch, [documents[index] for index in order])
-        return self._order[1]
-
 
 @dataclass
 class StreamReader:
@@ -88,6 +93,8 @@ class StreamReader:
     where: str
     """What messages call the stream."""
     epoch: int = 0
+    _row: int = 0
+    """Rows of this epoch that were read, for messages."""
     _stream: ResumableStream | None = None
     _rows: Iterator[Mapping[str, Any]] | None = None
     _position: dict[str, Any] | None = field(default=None)
@@ -100,25 +107,33 @@ class StreamReader:
             while len(texts) < count:
                 row = next(rows, None)
                 if row is None:
-                    self.epoch, self._rows, self._stream, self._position = self.epoch + 1, None, None, None
+                    self.epoch, self._row = self.epoch + 1, 0
+                    self._rows, self._stream, self._position = None, None, None
                     break
-                text = text_of(row, self.text_column, self.where)
+                self._row += 1
+                text = text_of(row, self.text_column, f"{self.where}, row {self._row}")
                 if text.strip() and _is_training(text, self.held_out_percent):
                     texts.append(text)
         except (OSError, HTTPError) as error:
             raise NetworkError(
                 f"{self.where} broke off ({str(error)[:150]}); run the command again to go on from the last checkpoint"
             ) from error
+        except (ValueError, ArrowException) as error:
+            # The `datasets` library names the damaged file in its log only; the row tells how far it came.
+            reason = str(error).strip().partition("\n")[0][:150]
+            raise DataError(
+                f"{self.where}, behind row {self._row}: damaged data ({reason}); download or write it again"
+            ) from error
         return texts
 
     def state_dict(self) -> dict[str, Any]:
         """See `DocumentReader`."""
         position = self._stream.state_dict() if self._stream is not None and self._rows is not None else self._position
-        return {"epoch": self.epoch, "position": position}
+        return {"epoch": self.epoch, "row": self._row, "position": position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `DocumentReader`."""
-        self.epoch, self._position = state["epoch"], state["position"]
+        self.epoch, self._row, self._position = state["epoch"], state["row"], state["position"]
         self._rows = None
 
     def _open_rows(self) -> Iterator[Mapping[str, Any]]:
@@ -158,21 +173,42 @@ def training_part(documents: Sequence[str], held_out_percent: float, where: str)
     return kept
 
 
-def open_reader(source: TextSource, *, seed: int, held_out_percent: float) -> DocumentReader:
-    """A reader of a source's training documents."""
+ReaderFactory = Callable[[int], DocumentReader[Any]]
+"""Seed -> a reader at the beginning; what all readers of a source share is loaded once."""
+
+
+def open_source(source: TextSource, *, held_out_percent: float) -> ReaderFactory:
+    """Readers of a source's training documents: texts, or for `tokens` their tokens.
+
+    Raises:
+        DataError: a source that is missing, damaged or empty.
+        NetworkError: a source that needs a network that is not there.
+    """
+    name = source_name(source)
     if isinstance(source, HubSource):
-        return StreamReader(lambda: open_hub_stream(source), source.text_column, held_out_percent, source_name(source))
+        return lambda _: StreamReader(lambda: open_hub_stream(source), source.text_column, held_out_percent, name)
     if isinstance(source, FactsSource):
-        return FiniteReader(lambda epoch: biographies(seed, epoch), seed)
-    documents = training_part(load_documents(source), held_out_percent, source_name(source))
-    return FiniteReader(lambda _: documents, seed)
+        return lambda seed: FiniteReader(lambda epoch: biographies(seed, epoch), seed)
+    if isinstance(source, TokensSource):
+        tokens = open_tokens(source, held_out_percent=held_out_percent)
+        return lambda seed: FiniteReader[Tokens](lambda _: tokens, seed)
+    if isinstance(source, LocalSource) and source.stream:
+        LocalStream(source)  # so that a missing file is found at the start, not in a thread
+        return lambda _: StreamReader(lambda: LocalStream(source), source.text_column, held_out_percent, name)
+    documents = training_part(load_documents(source), held_out_percent, name)
+    return lambda seed: FiniteReader(lambda _: documents, seed)
+
+
+def is_streamed(source: TextSource) -> bool:
+    """Whether a source is read in its own order, so that only a buffer of it can be shuffled."""
+    return isinstance(source, HubSource) or (isinstance(source, LocalSource) and source.stream)
 
 
 def source_name(source: TextSource) -> str:
     """What messages call a source."""
     if isinstance(source, HubSource):
         return f"hub dataset {source.path}"
-    if isinstance(source, LocalSource):
+    if isinstance(source, LocalSource | TokensSource):
         return f"data source path={source.path}"
     return "generated facts" if isinstance(source, FactsSource) else f"packaged corpus {source.name}"
 
@@ -184,6 +220,8 @@ def source_fingerprint(source: TextSource) -> str:
         return f"{source.path}/{source.name}/{source.split}/{source.text_column}@{commit}"
     if isinstance(source, LocalSource):
         return local_fingerprint(source)
+    if isinstance(source, TokensSource):
+        return tokens_fingerprint(source)
     return facts_fingerprint() if isinstance(source, FactsSource) else corpus_fingerprint(source.name)
 
 

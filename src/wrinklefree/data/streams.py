@@ -1,32 +1,37 @@
-"""Endless batches that continue bit for bit from a saved state.
+"""Endless batches that continue bit for bit from a saved state, on any number of processes that divides their lanes.
 
-Text is read in blocks: documents of a block are tokenized together, cut into pieces of at most a row, and shuffled. A
-block is a pure function of where its reader stood, so the state of a shuffle is that position and an index, never the
-texts. The next block is prepared by a thread while the current one is used; blocks start small, so the first step does
-not wait for a full one.
+Text is read in blocks: documents of a block are tokenized together, cut into pieces of at most a row, and shuffled (or
+packed into rows, which are shuffled). A block is a pure function of where its reader stood, so the state of a shuffle
+is that position and an index, never the texts. The next block is prepared by a thread, and its tokens by worker processes
+where there are any, while the current one is used; blocks start small, so the first step does not wait for a full one.
 
-Sources share the stream by *tokens*: the next piece comes from the source that is furthest behind its weight. Shares
-then hold at any moment, whatever the lengths of the documents, and need no random draw that a resume would have to
-repeat.
+Documents are dealt to *lanes*: lane l of L takes every L-th document of what all lanes read alike, and packs its own
+rows. Row n of the whole job comes from lane n mod L, and process r of W takes the rows n with n mod W = r. So every
+document is trained on exactly once an epoch, each lane is served by one process, and when a run goes on with another
+number of processes that divides L, all rows stay the same; only who computes them changes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from wrinklefree.data.packing import Packer, Piece, Row, collate, cut_to_length, next_token_piece
+from wrinklefree.data.mixture import Mixture
+from wrinklefree.data.packing import Packer, Piece, Row, best_fit, collate, cut_to_length, next_token_piece
 from wrinklefree.data.sources import DocumentReader
-from wrinklefree.data.tokens import Tokenizer, encode_documents
+from wrinklefree.data.tokens import Tokens
 from wrinklefree.models.records import Batch
-from wrinklefree.utils.errors import DataError
+from wrinklefree.utils.errors import CheckpointError, DataError
 
 FIRST_BLOCK = 64
 """Documents of a source's first block; blocks double up to the shuffle buffer."""
 LARGEST_FINITE_BLOCK = 1024
 """Documents of a block where the reader has shuffled already."""
+
+Document = TypeVar("Document")
+Packing = Literal["none", "concat", "best_fit"]
 
 
 class BatchStream(Protocol):
@@ -52,7 +57,7 @@ class BatchStream(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the next batches; JSON."""
+        """Everything that decides the next batches of this process; JSON. See `merge_states` for several."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -62,34 +67,35 @@ class BatchStream(Protocol):
 
 @dataclass(frozen=True)
 class _Block:
-    """Shuffled pieces, and where the reader stood before them."""
+    """Shuffled groups of pieces, and where the reader stood before them."""
 
     number: int
     reader_state: dict[str, Any]
-    pieces: list[Piece]
+    groups: list[tuple[Piece, ...]]
 
 
-class PieceCursor:
-    """Shuffled pieces of one source."""
+class PieceCursor(Generic[Document]):
+    """One lane's shuffled pieces of one source, in groups: a piece alone, or with `best_fit` all pieces of a row."""
 
     def __init__(
-        self, reader: DocumentReader, tokenizer: Tokenizer, *, name: str, length: int, block_size: int, seed: int,
-        rank: int = 0, world_size: int = 1,
+        self, reader: DocumentReader[Document], encode: Callable[[Sequence[Document]], list[Tokens]], *, name: str,
+        length: int, block_size: int, seed: int, packing: Packing = "concat", shuffle: bool = True, lane: int = 0,
+        lane_count: int = 1,
     ) -> None:  # fmt: skip
-        self._reader = reader
-        self._tokenizer = tokenizer
+        self._reader, self._encode = reader, encode
         self._name = name
         self._length = length
         self._block_size = block_size
         self._seed = seed
-        self._rank, self._world_size = rank, world_size
+        self._packing, self._shuffle = packing, shuffle
+        self._lane, self._lane_count = lane, lane_count
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="data")
         self._block: _Block | None = None
         self._ahead: Future[_Block] | None = None
         self._index = 0
 
-    def next_piece(self) -> Piece:
-        """The next piece.
+    def next_group(self) -> tuple[Piece, ...]:
+        """The next piece, or row of pieces.
 
         Raises:
             DataError: the source holds no document for training.
@@ -98,12 +104,12 @@ class PieceCursor:
         if block is None:
             block = self._block = self._make_block(0)
             self._prepare(1)
-        while self._index >= len(block.pieces):
+        while self._index >= len(block.groups):
             block = self._block = self._take_ahead(block.number + 1)
             self._index = 0
             self._prepare(block.number + 1)
         self._index += 1
-        return block.pieces[self._index - 1]
+        return block.groups[self._index - 1]
 
     def state_dict(self) -> dict[str, Any]:
         """Position of the reader before the current block, and how much of the block is used."""
@@ -134,31 +140,91 @@ class PieceCursor:
         size = min(self._block_size, FIRST_BLOCK << min(number, 32))
         pieces: list[Piece] = []
         while not pieces:
-            # Rank r takes every world_size-th document of what all ranks read alike.
-            texts = self._reader.read(size * self._world_size)[self._rank :: self._world_size]
-            for document in encode_documents(texts, self._tokenizer):
+            # Every lane reads the same documents and takes its own of each lane_count.
+            documents = self._reader.read(size * self._lane_count)[self._lane :: self._lane_count]
+            for document in self._encode(documents):
                 pieces.extend(cut_to_length(next_token_piece(document), self._length))
             if not pieces and self._reader.epoch > first_epoch + 1:
                 raise DataError(f"{self._name} holds no document to train on; check its text and held_out_percent")
-        order = np.random.default_rng([self._seed, number]).permutation(len(pieces))
-        return _Block(number, reader_state, [pieces[index] for index in order])
+        if self._packing == "best_fit":
+            groups = [row.pieces for row in best_fit(pieces, self._length)]
+        else:
+            groups = [(piece,) for piece in pieces]
+        if self._shuffle or self._packing == "best_fit":
+            order = np.random.default_rng([self._seed, number]).permutation(len(groups))
+            groups = [groups[index] for index in order]
+        return _Block(number, reader_state, groups)
+
+
+class Lane:
+    """Rows of the documents that one lane was dealt, the sources mixed by weight."""
+
+    def __init__(
+        self, cursors: Sequence[PieceCursor[Any]], weights: Sequence[float], *, length: int, packing: Packing
+    ) -> None:
+        self.mixture = Mixture(weights)
+        self.rows = self.padding = 0
+        """Rows so far, and the positions in them that are padding."""
+        self._cursors = list(cursors)
+        self._length, self._packing = length, packing
+        self._packer = Packer(length, enabled=packing != "none")
+
+    def next_row(self) -> Row:
+        """The next row."""
+        row: Row | None = None
+        while row is None:
+            source = self.mixture.next_source()
+            group = self._cursors[source].next_group()
+            self.mixture.count(source, sum(map(len, group)))
+            # A piece is at most a row long, so it completes at most one.
+            whole = self._packing == "best_fit"
+            row = Row(group) if whole else next(iter(self._packer.add(group[0])), None)
+        self.rows += 1
+        self.padding += self._length - len(row)
+        return row
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the next rows."""
+        return {
+            "mixture": self.mixture.state_dict(),
+            "cursors": [cursor.state_dict() for cursor in self._cursors],
+            "packer": self._packer.state_dict(),
+            "rows": self.rows,
+            "padding": self.padding,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue at `state_dict`."""
+        self.mixture.load_state_dict(state["mixture"])
+        for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
+            cursor.load_state_dict(saved)
+        self._packer.load_state_dict(state["packer"])
+        self.rows, self.padding = state["rows"], state["padding"]
 
 
 class TextStream:
-    """Packed rows of text from one or more sources; every token is a target."""
+    """Packed rows of text from one or more sources; every token is a target.
+
+    Args:
+        make_lane: (lane, lane_count) -> the lane. Called for the lanes of this process only.
+        lane_count: Lanes of a fresh stream; one that is resumed keeps those of its state.
+        close: Ends what the lanes share.
+    """
 
     batches_per_epoch: int | None = None
 
     def __init__(
-        self, cursors: Sequence[PieceCursor], weights: Sequence[float], *, batch_size: int, length: int,
-        packing: bool, pad_token_id: int,
+        self, make_lane: Callable[[int, int], Lane], *, lane_count: int, batch_size: int, length: int, pad_token_id: int,
+        rank: int = 0, world_size: int = 1, close: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
-        self._cursors = list(cursors)
-        self._weights = list(weights)
+        self._make_lane = make_lane
         self._batch_size, self._length, self._pad_token_id = batch_size, length, pad_token_id
-        self._packer = Packer(length, enabled=packing)
-        self._served = [0] * len(self._cursors)
-        self._positions = self._padding = 0
+        self._rank, self._world_size = rank, world_size
+        self._close = close
+        self._row = 0
+        """Rows that all processes together have drawn: each draws one of the next `world_size`."""
+        self._lane_count = lane_count
+        self._lanes = self._own_lanes()
 
     @property
     def tokens_per_batch(self) -> int:
@@ -167,25 +233,25 @@ class TextStream:
 
     @property
     def padding_share(self) -> float:
-        """See `BatchStream`."""
-        return self._padding / max(1, self._positions)
+        """See `BatchStream`; of this process's lanes."""
+        positions = self._length * sum(lane.rows for lane in self._lanes.values())
+        return sum(lane.padding for lane in self._lanes.values()) / max(1, positions)
 
     @property
     def tokens_by_source(self) -> tuple[int, ...]:
-        """Tokens drawn from each source so far."""
-        return tuple(self._served)
+        """Tokens drawn from each source so far, by this process's lanes."""
+        return tuple(map(sum, zip(*(lane.mixture.served for lane in self._lanes.values()), strict=True)))
+
+    def set_weights(self, weights: Sequence[float]) -> None:
+        """Mix the sources by other weights from the next row on. Every process must say so after the same batch."""
+        for lane in self._lanes.values():
+            lane.mixture.set_weights(weights)
 
     def next_row(self) -> Row:
-        """The next row."""
-        while True:
-            behind = min(range(len(self._served)), key=lambda index: self._served[index] / self._weights[index])
-            piece = self._cursors[behind].next_piece()
-            self._served[behind] += len(piece)
-            # A piece is at most a row long, so it completes at most one.
-            for row in self._packer.add(piece):
-                self._positions += self._length
-                self._padding += self._length - len(row)
-                return row
+        """The next row of this process."""
+        lane = (self._row + self._rank) % self._lane_count
+        self._row += self._world_size
+        return self._lanes[lane].next_row()
 
     def next_batch(self) -> Batch:
         """See `BatchStream`."""
@@ -194,17 +260,61 @@ class TextStream:
     def state_dict(self) -> dict[str, Any]:
         """See `BatchStream`."""
         return {
-            "served": list(self._served),
-            "cursors": [cursor.state_dict() for cursor in self._cursors],
-            "packer": self._packer.state_dict(),
-            "positions": self._positions,
-            "padding": self._padding,
+            "row": self._row,
+            "lane_count": self._lane_count,
+            "lanes": {str(number): lane.state_dict() for number, lane in self._lanes.items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See `BatchStream`."""
-        self._served = list(state["served"])
-        for cursor, saved in zip(self._cursors, state["cursors"], strict=True):
-            cursor.load_state_dict(saved)
-        self._packer.load_state_dict(state["packer"])
-        self._positions, self._padding = state["positions"], state["padding"]
+        """See `BatchStream`.
+
+        Raises:
+            CheckpointError: the saved lanes cannot be shared among this many processes, or some are missing.
+        """
+        moved = state["row"] % self._world_size != self._row % self._world_size
+        self._row = state["row"]
+        if moved or state["lane_count"] != self._lane_count:
+            self._lane_count = state["lane_count"]
+            self._lanes = self._own_lanes()
+        for number, lane in self._lanes.items():
+            if str(number) not in state["lanes"]:
+                raise CheckpointError(
+                    f"the checkpoint holds the data lanes {', '.join(state['lanes'])} of {self._lane_count}, not lane "
+                    f"{number}; merge the states of all processes before another number of them loads it"
+                )
+            lane.load_state_dict(state["lanes"][str(number)])
+
+    def close(self) -> None:
+        """End worker processes."""
+        if self._close is not None:
+            self._close()
+
+    def _own_lanes(self) -> dict[int, Lane]:
+        if self._lane_count % self._world_size:
+            raise CheckpointError(
+                f"the documents are dealt to {self._lane_count} lanes, which {self._world_size} processes cannot share "
+                "evenly; use a number of processes that divides them, or begin a run with data.lanes=<a multiple>"
+            )
+        first = (self._row + self._rank) % self._world_size
+        own = range(first, self._lane_count, self._world_size)
+        return {number: self._make_lane(number, self._lane_count) for number in own}
+
+
+def merge_states(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One state that any process can load, from those of all processes after the same batch.
+
+    Raises:
+        CheckpointError: the processes are not after the same batch.
+    """
+    merged = dict(states[0])
+    for name, value in merged.items():
+        others = [state[name] for state in states]
+        if name == "lanes":
+            merged[name] = {number: lane for lanes in others for number, lane in lanes.items()}
+        elif isinstance(value, dict):
+            merged[name] = merge_states(others)
+        elif any(other != value for other in others):
+            raise CheckpointError(
+                f"the processes' data streams disagree on {name} ({others}): they were not saved after the same batch"
+            )
+    return merged

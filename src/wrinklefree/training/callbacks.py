@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
+DATA_WAIT = "data_wait_share"
+VISIBLE_WAIT = 0.02
+"""The progress line names the share of a step that waited for data from here on."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,49 @@ class Callback(Protocol):
 
     def close(self) -> None:
         """After the run however it ended, an error or a signal included; more than once does no harm."""
+
+
+class WaitsForData(Protocol):
+    """A stream that knows how long it was waited for."""
+
+    seconds_waited: float
+    """All calls of `next_batch` together."""
+
+    @property
+    def padding_share(self) -> float:
+        """Share of all positions so far that were padding."""
+        ...
+
+
+class DataWait(Callback):
+    """Adds `data_wait_share` (of the step's time) and `padding_share` (so far) to the metrics; sums up at the end."""
+
+    def __init__(self, stream: WaitsForData) -> None:
+        self._stream = stream
+        self._seen = self._first = 0.0
+        self._seconds = 0.0
+
+    def on_start(self, run: RunInfo) -> None:
+        """Leave out what came before."""
+        self._seen = self._stream.seconds_waited
+
+    def on_step(self, report: StepReport) -> None:
+        """Add the figures of the step."""
+        waited, self._seen = self._stream.seconds_waited - self._seen, self._stream.seconds_waited
+        report.metrics[DATA_WAIT] = waited / report.step_seconds
+        report.metrics["padding_share"] = self._stream.padding_share
+        if self._seconds == 0.0:
+            # The first step fills the pipeline; its wait would hide whether the others had any.
+            self._first = self._seen
+        self._seconds += report.step_seconds
+
+    def on_end(self, report: StepReport | None) -> None:
+        """Say what data and packing cost."""
+        if report is not None and self._seconds:
+            logger.info(
+                "data: steps waited %.2f s (%.2f s of it for the first batch), %.1f%% of their time; padding %.2f%%",
+                self._seen, self._first, 100 * self._seen / self._seconds, 100 * self._stream.padding_share,
+            )  # fmt: skip
 
 
 class ProgressLine(Callback):
@@ -161,6 +207,8 @@ def describe_step(stage: str, report: StepReport) -> str:
     if report.subln_strength < 1:
         parts.append(f"subln {report.subln_strength:.3f}")
     parts += [f"{report.tokens_per_second:,.0f} tok/s", f"ETA {format_duration(report.eta_seconds)}"]
+    if report.metrics.get(DATA_WAIT, 0.0) >= VISIBLE_WAIT and report.step > 1:
+        parts.append(f"waits {report.metrics[DATA_WAIT]:.0%} for data")
     if report.skipped:
         parts.append("SKIPPED: not finite")
     return " | ".join(parts)

@@ -6,7 +6,7 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +15,8 @@ from typing import Any
 
 from wrinklefree.data.config import FinetuneData, PretrainData
 from wrinklefree.data.finetune_dataset import finetune_stream, task_examples
+from wrinklefree.data.prefetch import PrefetchedStream
 from wrinklefree.data.pretrain_dataset import held_out_rows, pretrain_stream, training_documents
-from wrinklefree.data.streams import BatchStream
 from wrinklefree.data.tasks import get_task
 from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.artifact import read_artifact, write_artifact
@@ -26,6 +26,7 @@ from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.subln import set_subln_strength
 from wrinklefree.training.callbacks import (
     Callback,
+    DataWait,
     LossPlot,
     MetricsFile,
     ProgressLine,
@@ -54,6 +55,7 @@ from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
 from wrinklefree.training.stage1 import insert_subln
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils import distributed
 from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
 from wrinklefree.utils.determinism import seed_everything
@@ -104,8 +106,11 @@ def show_plan(plan: StagePlan) -> float:
     steps = tokens = None
     if isinstance(training, StageConfig):
         counts_epochs = training.epochs is not None and training.max_steps is None
-        stream = open_stream(plan.config, load_tokenizer(plan)) if counts_epochs else None
-        steps = steps_for(training, stream.batches_per_epoch if stream else None)
+        batches_per_epoch = None
+        if counts_epochs:
+            with closing(open_stream(plan.config, load_tokenizer(plan))) as stream:
+                batches_per_epoch = stream.batches_per_epoch
+        steps = steps_for(training, batches_per_epoch)
         tokens = steps * training.batch_size * training.max_seq_length * training.gradient_accumulation_steps
     for key, value in plan.lines(steps, tokens):
         logger.info("%-12s %s", key, value)
@@ -218,19 +223,15 @@ def load_model(source: StageInput, config: RunConfig, *, ternary: bool | None = 
     return artifact.load_model(), artifact.load_tokenizer()
 
 
-def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> BatchStream:
-    """The run's training rows."""
+def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> PrefetchedStream:
+    """This process's training rows, made ahead of the steps; the caller closes it."""
     training = config.training
     assert isinstance(training, StageConfig)
-    if isinstance(config.data, FinetuneData):
-        return finetune_stream(
-            config.data, tokenizer, batch_size=training.batch_size, max_seq_length=training.max_seq_length,
-            packing=config.packing, seed=config.seed,
-        )  # fmt: skip
-    return pretrain_stream(
-        config.data, tokenizer, batch_size=training.batch_size, max_seq_length=training.max_seq_length,
-        packing=config.packing, seed=config.seed,
-    )  # fmt: skip
+    shape = {"batch_size": training.batch_size, "max_seq_length": training.max_seq_length, "seed": config.seed}
+    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
+    make = finetune_stream if isinstance(config.data, FinetuneData) else pretrain_stream
+    stream = make(config.data, tokenizer, packing=config.packing, **shape, **place)  # pyright: ignore[reportArgumentType]
+    return PrefetchedStream(stream, ahead=2 * training.gradient_accumulation_steps)
 
 
 def _insert_subln(plan: StagePlan) -> int:
@@ -299,12 +300,12 @@ def _train(plan: StagePlan, run_: Run) -> int:
         warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
         teacher=teacher,
         store=run_.checkpoints,
-        callbacks=make_callbacks(plan, model),
+        callbacks=[DataWait(stream), *make_callbacks(plan, model)],
         evaluate=make_validation(config, model, tokenizer, compute),
         identity=identity,
     )
     resumed = trainer.resume(allow_identity_change=config.resume.allow_device_change)
-    with stop_on_signals(trainer):
+    with closing(stream), stop_on_signals(trainer):
         trainer.fit(RunInfo(plan.stage.name, plan.run_folder, total_steps, resumed))
     set_quantization(model, 1.0)
     set_subln_strength(model, 1.0)

@@ -1,6 +1,7 @@
 """Stage 1: insert SubLN and BitLinear into the pretrained model (arXiv:2510.13998, eq. 4-5). Nothing is trained."""
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from wrinklefree.data.config import FinetuneData
 from wrinklefree.data.pretrain_dataset import pretrain_stream
@@ -48,4 +49,5 @@ def _calibration_text(config: RunConfig, tokenizer: TextTokenizer) -> Sequence[B
         packing=config.packing, seed=config.seed,
     )  # fmt: skip
     batches = -(-config.subln.calibration_tokens // stream.tokens_per_batch)
-    return [stream.next_batch() for _ in range(batches)]
+    with closing(stream):
+        return [stream.next_batch() for _ in range(batches)]
