@@ -5,6 +5,7 @@ before it is installed. Every instruction set is compiled into one library and c
 plain CPU and never the building machine's.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -17,7 +18,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "csrc"
 LIBRARY_NAME = "libwrinklefree.so"
 FLAGS = (
-    "-std=gnu11", "-O3", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi",
+    "-std=gnu11", "-O3", "-g0", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden", "-Wno-psabi",
     # A product and a sum become one instruction only where the source says so: all compilers then give the same bits.
     "-ffp-contract=off",
 )  # fmt: skip
@@ -53,8 +54,20 @@ def find_compiler(environment: Mapping[str, str] = os.environ) -> list[str]:
     raise BuildError("found no C compiler: no ziglang package, no cc, gcc or clang on PATH, and CC is not set")
 
 
-def compile_library(output: Path, compiler: Sequence[str], extra_flags: Sequence[str] = ()) -> None:
+def compile_library(
+    output: Path,
+    compiler: Sequence[str],
+    extra_flags: Sequence[str] = (),
+    *,
+    environment: Mapping[str, str] | None = None,
+) -> None:
     """Compile all sources into `output`, which appears when it is complete.
+
+    Args:
+        output: The library.
+        compiler: Command that starts the compiler.
+        extra_flags: Flags beyond `FLAGS`; the last of two that contradict each other counts.
+        environment: Of the compiler; None: this process's.
 
     Raises:
         BuildError: the compiler is missing or refused; the message ends with its first complaint.
@@ -62,9 +75,18 @@ def compile_library(output: Path, compiler: Sequence[str], extra_flags: Sequence
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f"{output.name}.{os.getpid()}.tmp")
     sources = sorted(str(path) for path in SOURCES.glob("*.c"))
-    command = [*compiler, *FLAGS, *extra_flags, *sources, "-o", str(temporary), "-lm"]
+    command = [
+        *compiler,
+        *FLAGS,
+        f"-DWF_SOURCES={source_number()}",
+        *extra_flags,
+        *sources,
+        "-o",
+        str(temporary),
+        "-lm",
+    ]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     except OSError as error:
         raise BuildError(f"cannot start {compiler[0]}: {error.strerror}") from error
     if done.returncode != 0:
@@ -72,6 +94,14 @@ def compile_library(output: Path, compiler: Sequence[str], extra_flags: Sequence
         complaints = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines() or ["?"]
         raise BuildError(f"{shlex.join(compiler)} failed: {complaints[0]}")
     temporary.replace(output)
+
+
+def source_number() -> int:
+    """31 bits of a hash of the sources: a library carries it, so that one of other sources is never taken for it."""
+    digest = hashlib.sha256()
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.name.encode() + b"\0" + source.read_bytes())
+    return int.from_bytes(digest.digest()[:4], "little") >> 1
 
 
 def _has_zig() -> bool:

@@ -17,14 +17,13 @@ from platformdirs import user_cache_path
 from wrinklefree.serving.engine.native.build import (
     FLAGS,
     LIBRARY_NAME,
-    SOURCES,
     BuildError,
     compile_library,
     find_compiler,
+    source_number,
 )
 from wrinklefree.utils.errors import ConfigError, EngineError
 
-ABI = 1
 ISA_VARIABLE = "WRINKLEFREE_ENGINE_ISA"
 LIBRARY_VARIABLE = "WRINKLEFREE_ENGINE_LIBRARY"
 """Path of a library to load instead: a sanitizer build, another compiler's."""
@@ -68,7 +67,7 @@ class ConfigRecord(Structure):
 
 _INT32S, _FLOATS, _CODES = POINTER(c_int32), POINTER(c_float), POINTER(c_int8)
 _SIGNATURES = {
-    "wf_abi": (c_int32, ()),
+    "wf_sources": (c_int32, ()),
     "wf_isa_name": (c_char_p, (c_int32,)),
     "wf_create": (c_void_p, (POINTER(ConfigRecord), POINTER(LayerRecord))),
     "wf_free": (None, (c_void_p,)),
@@ -87,19 +86,21 @@ def load_library() -> ctypes.CDLL:
     """The library, with the types of its functions declared.
 
     Raises:
-        EngineError: there is none and none can be built, or it is of another version.
+        EngineError: there is none and none can be built, or it is of other sources than this package's.
     """
-    path = _find_library()
+    if os.environ.get(LIBRARY_VARIABLE):
+        return _declared(_open(Path(os.environ[LIBRARY_VARIABLE])))
+    installed = Path(__file__).with_name(LIBRARY_NAME)
+    if installed.is_file():
+        library = _open(installed)
+        if _fits(library):
+            return _declared(library)
     try:
-        library = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, list(arguments)
-    except (OSError, AttributeError) as error:
-        raise EngineError(f"cannot load the CPU engine {path} ({error}); install wrinklefree again") from error
-    if library.wf_abi() != ABI:
-        raise EngineError(f"the CPU engine {path} is of another version; install wrinklefree again")
-    return library
+        return _declared(_open(built_in_cache(user_cache_path("wrinklefree") / "engine", find_compiler())))
+    except (BuildError, OSError) as error:
+        raise EngineError(
+            f"the CPU engine was not built ({error}); install a C compiler or set CC, or choose another engine"
+        ) from error
 
 
 def isa_names() -> list[str]:
@@ -123,27 +124,31 @@ def chosen_isa(isa: str | None = None) -> bytes:
     return wanted.encode()
 
 
-def _find_library() -> Path:
-    if os.environ.get(LIBRARY_VARIABLE):
-        return Path(os.environ[LIBRARY_VARIABLE])
-    installed = Path(__file__).with_name(LIBRARY_NAME)
-    if installed.is_file() and installed.stat().st_mtime >= max(path.stat().st_mtime for path in SOURCES.iterdir()):
-        return installed
+def _open(path: Path) -> ctypes.CDLL:
     try:
-        return built_in_cache(user_cache_path("wrinklefree") / "engine", find_compiler())
-    except (BuildError, OSError) as error:
-        if installed.is_file():
-            return installed
-        raise EngineError(
-            f"the CPU engine was not built ({error}); install a C compiler or set CC, or choose another engine"
-        ) from error
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise EngineError(f"cannot load the CPU engine {path} ({error}); install wrinklefree again") from error
+
+
+def _fits(library: ctypes.CDLL) -> bool:
+    """Whether it was compiled from the sources that lie beside this file."""
+    return hasattr(library, "wf_sources") and library.wf_sources() == source_number()
+
+
+def _declared(library: ctypes.CDLL) -> ctypes.CDLL:
+    if not _fits(library):
+        raise EngineError(f"the CPU engine {library._name} is of another version; install wrinklefree again")
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, list(arguments)
+    return library
 
 
 def built_in_cache(folder: Path, compiler: list[str], extra_flags: tuple[str, ...] = ()) -> Path:
     """A library compiled from the present sources, kept under a name made of them, the compiler and the flags."""
-    digest = hashlib.sha256(repr((compiler, FLAGS, extra_flags, platform.machine())).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.name.encode() + source.read_bytes())
+    identity = (compiler, FLAGS, extra_flags, platform.machine(), source_number())
+    digest = hashlib.sha256(repr(identity).encode())
     path = folder / f"{digest.hexdigest()[:16]}-{LIBRARY_NAME}"
     if not path.is_file():
         compile_library(path, compiler, extra_flags)

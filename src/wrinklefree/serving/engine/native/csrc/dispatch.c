@@ -90,4 +90,4 @@ const char *wf_isa_name(int32_t index) {
     return NULL;
 }
 
-int32_t wf_abi(void) { return WF_ABI; }
+int32_t wf_sources(void) { return WF_SOURCES; }

@@ -10,7 +10,6 @@
 #include <stdint.h>
 
 #define WF_API __attribute__((visibility("default")))
-#define WF_ABI 1 /* library.py refuses a library of another number */
 
 /* A ternary projection, y = scale * (codes @ q(norm(x))) + bias. */
 typedef struct {
@@ -50,7 +49,8 @@ typedef struct {
 
 typedef struct WfModel WfModel;
 
-WF_API int32_t wf_abi(void);
+/* A number that the build derives from the sources (build.py); library.py refuses a library of others. */
+WF_API int32_t wf_sources(void);
 /* Names of the instruction sets that this CPU can run, best first; NULL after the last. */
 WF_API const char *wf_isa_name(int32_t index);
 
