@@ -55,7 +55,6 @@ from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
 from wrinklefree.training.stage1 import insert_subln
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
-from wrinklefree.utils import distributed
 from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
 from wrinklefree.utils.determinism import seed_everything
@@ -224,13 +223,15 @@ def load_model(source: StageInput, config: RunConfig, *, ternary: bool | None = 
 
 
 def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> PrefetchedStream:
-    """This process's training rows, made ahead of the steps; the caller closes it."""
+    """The run's training rows, those of all processes, made ahead of the steps; the caller closes it."""
     training = config.training
     assert isinstance(training, StageConfig)
-    shape = {"batch_size": training.batch_size, "max_seq_length": training.max_seq_length, "seed": config.seed}
-    place = {"rank": distributed.rank(), "world_size": distributed.world_size()}
     make = finetune_stream if isinstance(config.data, FinetuneData) else pretrain_stream
-    stream = make(config.data, tokenizer, packing=config.packing, **shape, **place)  # pyright: ignore[reportArgumentType]
+    stream = make(
+        config.data,  # pyright: ignore[reportArgumentType]
+        tokenizer, batch_size=training.batch_size, max_seq_length=training.max_seq_length, packing=config.packing,
+        seed=config.seed,
+    )  # fmt: skip
     return PrefetchedStream(stream, ahead=2 * training.gradient_accumulation_steps)
 
 
