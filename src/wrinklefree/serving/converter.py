@@ -65,6 +65,8 @@ class ConversionOptions:
     """`general.name`; None: the base model's name and the stage, from the lineage."""
     verify: bool = True
     """Whether to read the file back and compare."""
+    run: bool = True
+    """Whether verifying runs the file in llama.cpp, where that is installed and holds it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def convert(options: ConversionOptions) -> Conversion:
     plan = make_plan(artifact.architecture, artifact.bitnet, options)
     source = TensorSource(artifact.folder / WEIGHTS)
     tensors = list(plan.tensors(source))
-    metadata = file_metadata(artifact, plan, options, tensors)
+    metadata = file_metadata(artifact, plan, options)
     write_gguf(
         options.output,
         metadata,
@@ -112,7 +114,7 @@ def convert(options: ConversionOptions) -> Conversion:
     verification = None
     if options.verify:
         try:
-            verification = verify(options.output, artifact, plan, source)
+            verification = verify(options.output, artifact, plan, source, run=options.run)
         except CheckpointError:
             options.output.unlink(missing_ok=True)
             raise
@@ -141,9 +143,7 @@ def make_plan(architecture: Architecture, bitnet: BitNetSpec | None, options: Co
     return ExportPlan(architecture, bitnet, row, padding, form, table_type, fold)
 
 
-def file_metadata(
-    artifact: Artifact, plan: ExportPlan, options: ConversionOptions, tensors: list[PlannedTensor]
-) -> dict[str, MetadataValue]:
+def file_metadata(artifact: Artifact, plan: ExportPlan, options: ConversionOptions) -> dict[str, MetadataValue]:
     """All key-value pairs: the standard ones, and under `wrinklefree.` what only this library's engines need."""
     architecture = artifact.architecture
     weight_type = _name_of(plan.weight_format)

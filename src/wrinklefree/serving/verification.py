@@ -61,7 +61,7 @@ NOISE_FACTOR = 3.0
 quantized by token, as in training, and by blocks, as in llama.cpp, both in this library's decoder."""
 
 _Q8_K, _Q8_0 = 256, 32
-_ACTIVATION_BLOCKS = {"TQ1_0": _Q8_K, "TQ2_0": _Q8_K, "Q2_0": _Q8_0, "Q4_0": _Q8_0, "Q8_0": _Q8_0}
+ACTIVATION_BLOCKS = {"TQ1_0": _Q8_K, "TQ2_0": _Q8_K, "Q2_0": _Q8_0, "Q4_0": _Q8_0, "Q8_0": _Q8_0}
 """Weight type -> activations that share a scale in llama.cpp."""
 
 Activations = int | Literal["by_token", "none"]
@@ -115,8 +115,8 @@ class Verification:
         )
 
 
-def verify(path: Path, artifact: Artifact, plan: ExportPlan, source: TensorSource) -> Verification:
-    """Compare a written file with its checkpoint.
+def verify(path: Path, artifact: Artifact, plan: ExportPlan, source: TensorSource, *, run: bool = True) -> Verification:
+    """Compare a written file with its checkpoint; `run`: in llama.cpp too, where that holds it.
 
     Raises:
         CheckpointError: something differs: the tensor and by how much, or the log-probabilities.
@@ -136,7 +136,7 @@ def verify(path: Path, artifact: Artifact, plan: ExportPlan, source: TensorSourc
             codes += int(np.prod(tensor.shape))
         elif tensor.name is not None:
             _check_dense(file, plan, source, tensor)
-    skipped = _why_not_run(artifact, plan)
+    skipped = _why_not_run(artifact, plan) if run else "not asked to"
     runtime = None
     if skipped is None:
         runtime = compare_with_llama_cpp(path, artifact.load_model(), artifact.load_tokenizer(), plan)
@@ -172,8 +172,8 @@ def compare_with_llama_cpp(
                 f"{tokenizer.encode(text)[:8]}...; please report it with the model's tokenizer.json"
             )
     round_as_stored(model, plan)
-    block = _ACTIVATION_BLOCKS.get(plan.weight_format.name)
-    head_block = _ACTIVATION_BLOCKS.get(plan.table_type.name)
+    block = ACTIVATION_BLOCKS.get(plan.weight_format.name)
+    head_block = ACTIVATION_BLOCKS.get(plan.table_type.name)
 
     def logprobs(activations: Activations) -> Tensor:
         logits = logits_with_activations(model, ids[: lengths[-1]], activations, head_block=head_block)
