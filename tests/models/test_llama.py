@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from wrinklefree.models.attention import KVCache
 from wrinklefree.models.bitlinear import BitLinear, quantization_of, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
-from wrinklefree.models.llama import CausalLM
+from wrinklefree.models.llama import CausalLM, Checkpointing
 from wrinklefree.models.records import Batch, Wants
 from wrinklefree.models.subln import SubLN, set_subln_strength, subln_strength_of
 
@@ -114,8 +114,8 @@ def test_squared_relu() -> None:
     torch.testing.assert_close(mlp(x), (gate.clamp(min=0) ** 2 * up) @ mlp.down_proj.weight.T)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_taps(checkpointing: bool) -> None:
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
+def test_taps(checkpointing: Checkpointing) -> None:
     model, batch = make_model(TERNARY), make_batch()
     model.activation_checkpointing = checkpointing
     output = model(batch, Wants(hidden_layers=(0, 2), qkv_layer=1))
@@ -144,13 +144,15 @@ def test_taps(checkpointing: bool) -> None:
 def test_checkpointing_changes_no_gradient(bitnet: BitNetSpec | None) -> None:
     model, batch = make_model(bitnet), make_batch()
     gradients = []
-    for checkpointing in (False, True):
+    modes: tuple[Checkpointing, ...] = ("off", "selective", "full")
+    for checkpointing in modes:
         model.activation_checkpointing = checkpointing
         model.zero_grad()
         model(batch).logits().logsumexp(-1).sum().backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
     assert len(gradients[0]) == len(list(model.parameters()))
-    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    for others in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], others, strict=True))
 
 
 @pytest.mark.parametrize("length", [16, 520], ids=["mask", "loop"])

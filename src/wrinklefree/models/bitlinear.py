@@ -37,10 +37,12 @@ class _IntegerMatmul(torch.autograd.Function):
         x_scale: Tensor | None,
         w_codes: Tensor,
         w_scale: Tensor,
+        overwrite: bool,
     ) -> Tensor:
         """`x_scale` is None where activations are not quantized; then `x_codes` is the input itself."""
         output = functional.linear(x_codes.to(w_codes.dtype), w_codes)
-        output.mul_(w_scale if x_scale is None else x_scale * w_scale)
+        scale = w_scale if x_scale is None else x_scale * w_scale
+        output = output.mul_(scale) if overwrite else output * scale
         if bias is not None:
             output.add_(bias)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
@@ -62,7 +64,7 @@ class _IntegerMatmul(torch.autograd.Function):
             grad_weight = (scaled.flatten(0, -2).T @ inputs.flatten(0, -2)).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
 
 
 class _OptimizerSteps:
@@ -128,6 +130,12 @@ class BitLinear(nn.Linear):
         self.register_buffer("quantization_lambda", torch.tensor(1.0, device="cpu"), persistent=False)
         self.lambda_value = 1.0
         self.fully_quantized = True
+        self.keeps_codes = True
+        """Keep codes between forward passes. Not where weights are sharded: all codes together are a whole model."""
+        self.overwrites_products = True
+        """Scale a product in place. Not where somebody keeps the product, as selective checkpointing does."""
+        self.gathered_scale: Tensor | None = None
+        """Set where `weight` is gathered from shards as codes: it then holds -1, 0 and 1, and this is their scale."""
         self._weight_codes: _WeightCodes | None = None
 
     def set_quantization(self, value: float) -> None:
@@ -149,7 +157,9 @@ class BitLinear(nn.Linear):
         Writes that PyTorch does not count, `weight.data.copy_(...)`, are seen after the next optimizer step or
         `set_quantization` only; use `torch.no_grad()` and `weight.copy_(...)`.
         """
-        if torch.compiler.is_compiling():
+        if self.gathered_scale is not None:
+            return self.weight.detach().to(dtype), self.gathered_scale
+        if torch.compiler.is_compiling() or not self.keeps_codes:
             ternary = ternarize(self.weight)
             return ternary.codes.to(dtype), ternary.scale
         cached = self._weight_codes
@@ -182,10 +192,15 @@ class BitLinear(nn.Linear):
             x_codes, x_scale = input.detach().to(dtype), None
         else:
             x_codes, x_scale = codes.codes, codes.scale
-        return _IntegerMatmul.apply(input, self.weight, self.bias, x_codes, x_scale, w_codes, w_scale)  # pyright: ignore[reportReturnType]
+        output: Any = _IntegerMatmul.apply(
+            input, self.weight, self.bias, x_codes, x_scale, w_codes, w_scale, self.overwrites_products
+        )
+        return output
 
     def reference_forward(self, input: Tensor) -> Tensor:
         """The same function as a composition of straight-through estimators, at any lambda; caches nothing."""
+        if self.gathered_scale is not None:
+            raise RuntimeError("the weight was gathered as codes, and lambda below 1 needs full precision")
         weight = ternary_weight(self.weight, self.quantization_lambda)
         x = input
         if self.activation_bits is not None:

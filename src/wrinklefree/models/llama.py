@@ -6,21 +6,50 @@ SubLN norms are the only additions. Parameters are float32 masters; whoever call
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from functools import partial
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from wrinklefree.models.attention import Attention, AttentionPlan, KVCache, plan_attention, rotary_table
-from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.bitlinear import BitLinear, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.ffn import FeedForward
 from wrinklefree.models.records import QKV, Batch, ModelOutput, Wants
 from wrinklefree.models.subln import RMSNorm, set_subln_strength
 
 INITIAL_STD = 0.02
+
+Checkpointing = Literal["off", "selective", "full"]
+"""What a block's backward pass computes again instead of having kept it: nothing; all but matrix products and
+attention, which cost most to repeat; everything."""
+
+
+def _keep_products(context: SelectiveCheckpointContext, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator in _PRODUCTS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+_WHAT_IS_KEPT: dict[str, dict[str, Any]] = {
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _keep_products)},
+    "full": {},
+}
 
 
 class Block(nn.Module):
@@ -65,8 +94,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.architecture = architecture
         self.bitnet = bitnet
-        self.activation_checkpointing = False
-        """Recompute each block in the backward pass instead of keeping its activations."""
+        self._checkpointing: Checkpointing = "off"
         self.model = Decoder(architecture, bitnet)
         self.lm_head: nn.Linear | None = None
         if not architecture.tie_word_embeddings:
@@ -86,6 +114,18 @@ class CausalLM(nn.Module):
                 nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+
+    @property
+    def activation_checkpointing(self) -> Checkpointing:
+        """What the backward pass of a block computes again."""
+        return self._checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, mode: Checkpointing) -> None:
+        self._checkpointing = mode
+        for module in self.modules():
+            if isinstance(module, BitLinear):
+                module.overwrites_products = mode != "selective"
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -120,10 +160,11 @@ class CausalLM(nn.Module):
         hidden_states: dict[int, Tensor] = {}
         qkv: QKV | None = None
         for index, block in enumerate(self.blocks):
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden, states = cast(
-                    "tuple[Tensor, QKV]", checkpoint(block, hidden, table, plan, cache, use_reentrant=False)
+            if self._checkpointing != "off" and torch.is_grad_enabled():
+                recomputed = checkpoint(
+                    block, hidden, table, plan, cache, use_reentrant=False, **_WHAT_IS_KEPT[self._checkpointing]
                 )
+                hidden, states = cast("tuple[Tensor, QKV]", recomputed)
             else:
                 hidden, states = block(hidden, table, plan, cache)
             if index in wants.hidden_layers:

@@ -36,5 +36,10 @@ def ternarize(weight: Tensor) -> Ternary:
     with torch.no_grad():
         master = weight.to(torch.float32)
         scale = master.abs().mean().clamp(min=MIN_WEIGHT_SCALE)
-        codes = (master / scale).round_().clamp_(-1, 1).to(torch.int8)
+        codes = round_to_codes(master, scale)
     return Ternary(codes, scale)
+
+
+def round_to_codes(master: Tensor, scale: Tensor) -> Tensor:
+    """clip(round(W / scale), -1, 1) as int8, for a part of a weight whose scale is known; ties to even."""
+    return (master / scale).round_().clamp_(-1, 1).to(torch.int8)

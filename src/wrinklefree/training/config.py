@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from wrinklefree.data.config import DataConfig, PackingConfig
 from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
 from wrinklefree.models.config import Gain, ModelConfig, Placement
+from wrinklefree.training.device_kinds import DeviceName
 from wrinklefree.utils.config import Config
 
 
@@ -240,8 +241,20 @@ class DistributedConfig(Config):
     name: str
     strategy: Literal["single", "fsdp"] = "single"
     prefetch: bool = False
+    """fsdp: gather blocks ahead of the one that computes, `prefetch_blocks` of them."""
+    prefetch_blocks: int = Field(default=2, ge=1)
+    """Each costs the memory of one gathered block."""
+    reshard_after_forward: bool = True
+    """fsdp: give a block's gathered weights back between forward and backward pass. false: half the traffic, and the
+    memory of the whole model in the compute dtype."""
+    gather: Literal["auto", "full"] = "auto"
+    """fsdp: ternary weights travel as 2-bit codes where they can (auto), or in float32 (full)."""
     optimizer_offload: bool = False
+    """fsdp: shards, gradients and optimizer state on the CPU, and the update there."""
     activation_checkpointing: Literal["off", "selective", "full"] = "off"
+    """What blocks compute again in the backward pass: nothing, all but matrix products and attention, everything."""
+    timeout_minutes: float = Field(default=30.0, gt=0)
+    """How long a process waits for the others before it gives the run up."""
 
 
 class GcsConfig(Config):
@@ -268,6 +281,22 @@ class AuditConfig(Config):
     directory: str = "training_logs/warnings"
 
 
+class EstimationConfig(Config):
+    """The root key `estimation`: what `estimate=true` assumes of the machine. It never changes a run."""
+
+    device: DeviceName = "h100_80gb"
+    """Kind of device, a row of `device_kinds.DEVICE_KINDS`."""
+    devices: int | None = Field(default=None, ge=1)
+    """How many; null: one, or one node of them where `distributed` shards the model."""
+    devices_per_node: int = Field(default=8, ge=1)
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """US dollars for an hour of one device; null: the table's assumption."""
+    efficiency: float | None = Field(default=None, gt=0, le=1)
+    """Share of the device's peak that arithmetic reaches; null: the table's assumption."""
+    target_share: float | None = Field(default=None, gt=0, le=1)
+    """Share of positions that are targets; null: all of a text, the responses of a known task."""
+
+
 class RunConfig(Config):
     """The whole configuration of one command."""
 
@@ -291,6 +320,8 @@ class RunConfig(Config):
     dry_run: bool = False
     """Compose, resolve inputs, print the plan, exit."""
     estimate: bool = False
+    """Print memory, traffic, time and price, and exit; needs no GPU and downloads nothing."""
+    estimation: EstimationConfig = EstimationConfig()
     allow_slow: bool = False
     """Run although the estimate on this machine is above 24 hours."""
     skip_recovery: bool = False

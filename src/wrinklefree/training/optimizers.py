@@ -19,6 +19,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from wrinklefree.training.apollo import Apollo
 from wrinklefree.training.config import OptimizerConfig
+from wrinklefree.training.local_shards import local_parameter
 from wrinklefree.utils.errors import ConfigError
 
 OptimizerType = Literal["adamw", "adamw_8bit", "muon", "apollo", "apollo_mini"]
@@ -187,7 +188,8 @@ def _split(model: nn.Module, type: OptimizerType) -> tuple[list[Tensor], list[Te
 
 
 def _group(parameters: list[Tensor], *, decays: bool) -> dict[str, Any]:
-    group: dict[str, Any] = {"params": parameters, "lr_scale": 1.0, "decay_scale": 1.0 if decays else 0.0}
+    local = [local_parameter(parameter) for parameter in parameters]
+    group: dict[str, Any] = {"params": local, "lr_scale": 1.0, "decay_scale": 1.0 if decays else 0.0}
     return group if decays else group | {"weight_decay": 0.0}
 
 

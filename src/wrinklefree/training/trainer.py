@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wrinklefree.data.streams import BatchStream
 from wrinklefree.distillation.objective import Objective
@@ -27,9 +27,11 @@ from wrinklefree.quantization.schedule import warmup_value
 from wrinklefree.training.callbacks import Callback, RunInfo, StepReport
 from wrinklefree.training.config import ScheduleConfig, WarmupConfig
 from wrinklefree.training.device import Compute
+from wrinklefree.training.local_shards import clip_gradients, hand_gradients_over
 from wrinklefree.training.optimizers import set_learning_rate, set_weight_decay
 from wrinklefree.training.schedules import learning_rate, weight_decay
 from wrinklefree.utils.checkpoint import Checkpoint, CheckpointStore
+from wrinklefree.utils.distributed import largest_of_ranks, sum_over_ranks
 from wrinklefree.utils.errors import CheckpointError, NonFiniteError, OutOfMemoryError
 from wrinklefree.utils.training_state import pack_optimizer_state, restore_rng_state, rng_state, unpack_optimizer_state
 
@@ -103,8 +105,13 @@ class Trainer:
         callbacks: Sequence[Callback] = (),
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         identity: Mapping[str, str] | None = None,
+        refresh_weights: Callable[[], None] | None = None,
     ) -> None:
-        """Hold the parts; nothing runs before `fit`. `identity` is stored with, and checked against, checkpoints."""
+        """Hold the parts; nothing runs before `fit`.
+
+        `identity` is stored with, and checked against, checkpoints. `refresh_weights` is called whenever masters or
+        lambda may have changed and the model is about to run.
+        """
         self.model = model
         self.objective = objective
         self.optimizer = optimizer
@@ -117,6 +124,7 @@ class Trainer:
         self.callbacks = callbacks
         self.evaluate = evaluate
         self.identity = dict(identity or {})
+        self.refresh_weights = refresh_weights
         self.progress = Progress()
         self.last_report: StepReport | None = None
         self.stop_signal: int | None = None
@@ -169,15 +177,18 @@ class Trainer:
         validates = (
             self.evaluate is not None and settings.evaluation_interval and step % settings.evaluation_interval == 0
         )
-        if last or validates or step % settings.save_interval == 0 or self.stop_signal:
+        # A signal may have reached some ranks only, or another one than this.
+        stop_signal = int(largest_of_ranks(self.stop_signal or 0))
+        if last or validates or step % settings.save_interval == 0 or stop_signal:
             self.save()
-        if self.stop_signal:
-            raise Interrupted(self.stop_signal, step)
+        if stop_signal:
+            raise Interrupted(stop_signal, step)
         if validates and not last:
             self._validate(report)
 
     def _validate(self, report: StepReport) -> None:
         if self.evaluate is not None:
+            self._refresh()
             report.evaluation = self.evaluate()
             for callback in self.callbacks:
                 callback.on_evaluation(report)
@@ -189,6 +200,7 @@ class Trainer:
         warmups = self.warmups_at(step)
         set_quantization(self.model, warmups.quantization_lambda)
         set_subln_strength(self.model, warmups.subln_strength)
+        self._refresh()
         rate = learning_rate(step, self.settings.total_steps, self.settings.schedule, self.settings.peak_learning_rate)
         set_learning_rate(self.optimizer, rate)
         set_weight_decay(
@@ -197,43 +209,44 @@ class Trainer:
         )
 
         batches = [self.stream.next_batch() for _ in range(self.settings.accumulation_steps)]
-        counts: dict[str, float] = {}
-        for batch in batches:
-            for name, count in self.objective.counts(batch).items():
-                counts[name] = counts.get(name, 0.0) + count
+        counts, tokens = self._count(batches)
         try:
             if step == 0 and self.objective.needs_calibration:
                 self._calibrate(batches, counts)
             total, terms, weights = self._accumulate(batches, counts)
             if self.teacher is not None:
                 self.teacher.release()
-            norm = nn.utils.clip_grad_norm_(self._trainable, self.settings.grad_clip)
+            norm = clip_gradients(self._trainable, self.settings.grad_clip)
         except torch.OutOfMemoryError as error:
             raise self._out_of_memory(batches[0]) from error
         names = list(terms)
-        values = torch.stack([total, norm.float(), *(terms[name] for name in names)]).tolist()
+        norm = norm.float().to(total.device)
+        grad_norm, *sums = torch.stack([norm, total, *(terms[name] for name in names)]).tolist()
+        # Sums over ranks, so that all see the same step, and skip it together.
+        values = [grad_norm, *sum_over_ranks(sums)]
         finite = all(value - value == 0.0 for value in values[:2])
         if finite:
+            hand_gradients_over(self._trainable)
             self.optimizer.step()
             self.progress.skipped_in_a_row = 0
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
 
         seconds = time.perf_counter() - started
-        tokens = sum(batch.input_ids.numel() for batch in batches)
         self.progress.step += 1
         self.progress.tokens += tokens
         self.progress.seconds += seconds
         if not finite:
-            self._count_nonfinite(values[0], values[1])
+            self._count_nonfinite(values[1], values[0])
         left = self.settings.total_steps - self.progress.step
         return StepReport(
             step=self.progress.step,
             total_steps=self.settings.total_steps,
-            loss=values[0],
+            loss=values[1],
             terms=dict(zip(names, values[2:], strict=True)),
             weights=weights,
             learning_rate=rate,
-            grad_norm=values[1],
+            grad_norm=values[0],
             tokens=self.progress.tokens,
             tokens_per_second=tokens / seconds,
             step_seconds=seconds,
@@ -242,6 +255,19 @@ class Trainer:
             subln_strength=warmups.subln_strength,
             skipped=not finite,
         )
+
+    def _refresh(self) -> None:
+        if self.refresh_weights is not None:
+            self.refresh_weights()
+
+    def _count(self, batches: Sequence[Batch]) -> tuple[dict[str, float], int]:
+        """The denominator of each loss term and the number of positions, over all micro-batches and ranks."""
+        counts: dict[str, float] = {}
+        for batch in batches:
+            for name, count in self.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0.0) + count
+        *totals, tokens = sum_over_ranks([*counts.values(), sum(batch.input_ids.numel() for batch in batches)])
+        return dict(zip(counts, totals, strict=True)), int(tokens)
 
     def _forward(self, batch: Batch, counts: Mapping[str, float]) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
         moved = batch.to(self.compute.device)
@@ -276,7 +302,7 @@ class Trainer:
                 _, terms, _ = self._forward(batch, counts)
                 for name, value in terms.items():
                     sums[name] = sums.get(name, 0.0) + float(value)
-        self.objective.calibrate(sums)
+        self.objective.calibrate(dict(zip(sums, sum_over_ranks(list(sums.values())), strict=True)))
 
     def _count_nonfinite(self, loss: float, norm: float) -> None:
         self.progress.skipped_in_a_row += 1

@@ -42,6 +42,12 @@ class EngineError(WrinkleFreeError):
     exit_code: ClassVar[int] = 69
 
 
+class RankLostError(WrinkleFreeError):
+    """A process of a distributed run that died or does not answer."""
+
+    exit_code: ClassVar[int] = 69
+
+
 class StorageError(WrinkleFreeError):
     """A folder or bucket that cannot be read or written, or a full disk."""
 

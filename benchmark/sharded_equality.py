@@ -1,0 +1,372 @@
+"""Do 1, 2, 3 and 4 processes train the same model? Every stage, every optimizer, the same global batch.
+
+    uv run python -m benchmark.sharded_equality [--stages stage2,...] [--optimizers adamw,...] [--worlds 1,2,3,4]
+
+Three questions, each against one process:
+
+- gradients of the first step, float32: largest difference of any parameter, relative to that parameter's largest
+  gradient; the bar is 1e-6.
+- losses over 50 steps in float64 throughout: the bar is 1e-9. Every operation that our code does in float32 is done in
+  float64 (`Float64`), so what is compared is the algorithm and not the rounding.
+- losses over 50 steps in float32, beside the spread of runs whose initial weights were moved by 1e-7: ternary codes flip
+  at their thresholds, so a float32 run is one of a bundle.
+
+The processes are on this machine, over gloo. The beds and the process pool below also serve the tests.
+"""
+
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from wrinklefree.distillation.combined_loss import language_model_objective, layerwise_objective, stage3_objective
+from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
+from wrinklefree.distillation.objective import Objective
+from wrinklefree.distillation.teacher import Teacher
+from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.llama import CausalLM, Checkpointing
+from wrinklefree.models.records import IGNORE, Batch
+from wrinklefree.models.shards import whole
+from wrinklefree.training.config import (
+    DistributedConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+    WarmupConfig,
+)
+from wrinklefree.training.device import Compute
+from wrinklefree.training.optimizers import OptimizerType, build_optimizer
+from wrinklefree.training.rank_share import RankShare
+from wrinklefree.training.trainer import Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils.distributed import rank, world_size
+
+ARCHITECTURE = Architecture(
+    family="llama",
+    vocab_size=96,
+    hidden_size=24,
+    intermediate_size=36,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    max_position_embeddings=64,
+    tie_word_embeddings=True,
+)
+"""24 and 36 rows divide by 2, 3 and 4; 12 (keys, values) too; 96 rows of the embedding as well."""
+LENGTH = 12
+ROWS = 8
+"""Rows of a step."""
+
+BedStage = Literal["fp_pretrain", "stage1_9", "stage2", "stage3", "bitnet_sft"]
+STAGES: tuple[BedStage, ...] = ("fp_pretrain", "stage1_9", "stage2", "stage3", "bitnet_sft")
+
+
+@dataclass(frozen=True)
+class Bed:
+    """One run on synthetic rows."""
+
+    stage: BedStage = "stage2"
+    optimizer: OptimizerType = "adamw"
+    steps: int = 1
+    total_steps: int | None = None
+    """Length of the schedule; None: `steps`."""
+    accumulation: int = 1
+    """Batches of the stream that make the step's rows."""
+    rows: int = ROWS
+    double: bool = False
+    """All arithmetic in float64."""
+    bfloat16: bool = False
+    architecture: Architecture = ARCHITECTURE
+    warmup: bool = True
+    """Begin at lambda 0 and strength 0 and rise over half of the run; otherwise fully quantized at once."""
+    perturbation: float = 0.0
+    """Standard deviation of a relative change of the initial weights."""
+    checkpointing: Checkpointing = "off"
+    distributed: DistributedConfig = field(default_factory=lambda: DistributedConfig(name="bed", strategy="fsdp"))
+    folder: str | None = None
+    """Where checkpoints go; a run continues from the newest one there."""
+    save_interval: int = 1000
+    asynchronous: bool = False
+    learning_rate: float = 1e-2
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run left, the same on every rank."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    """Of the first step of this process, before clipping, whole; empty unless asked for."""
+    weights: dict[str, Tensor]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class SeededRows:
+    """Rows drawn from their number, with uneven masks and two documents each."""
+
+    batches_per_epoch = None
+    padding_share = 0.0
+
+    def __init__(self, rows: int, vocabulary: int) -> None:
+        """Draw `rows` a batch."""
+        self.rows, self.vocabulary = rows, vocabulary
+        self.served = 0
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """See `BatchStream`."""
+        return self.rows * LENGTH
+
+    def next_batch(self) -> Batch:
+        """See `BatchStream`."""
+        return Batch(*(torch.stack(parts) for parts in zip(*(self._row() for _ in range(self.rows)), strict=True)))
+
+    def _row(self) -> tuple[Tensor, ...]:
+        generator = torch.Generator().manual_seed(self.served)
+        ids = torch.randint(0, self.vocabulary, (LENGTH,), generator=generator)
+        labels = torch.randint(0, self.vocabulary, (LENGTH,), generator=generator)
+        labels[: self.served % (LENGTH - 2)] = IGNORE
+        cut = 3 + self.served % 6
+        position = torch.arange(LENGTH)
+        self.served += 1
+        return ids, labels, torch.where(position < cut, position, position - cut), 1 + (position >= cut).long()
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `BatchStream`."""
+        return {"served": self.served}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `BatchStream`."""
+        self.served = state["served"]
+
+
+class Float64(TorchFunctionMode):
+    """Does in float64 whatever is asked for in float32."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call `func` with every float32 replaced."""
+        if func is Tensor.float:
+            func = Tensor.double
+        widened = tuple(torch.float64 if argument is torch.float32 else argument for argument in args)
+        named = {key: torch.float64 if value is torch.float32 else value for key, value in (kwargs or {}).items()}
+        return func(*widened, **named)
+
+
+def build(bed: Bed) -> tuple[Trainer, Callable[[], None]]:
+    """The trainer of a bed on this rank, and what must be called before its model runs."""
+    torch.manual_seed(0)
+    ternary = bed.stage not in {"fp_pretrain"}
+    start = 0.0 if bed.warmup else 1.0
+    spec = BitNetSpec(placement="output", gain="ones", quantization_lambda=start, subln_strength=start)
+    model = CausalLM(bed.architecture, spec if ternary else None)
+    teacher_model = CausalLM(bed.architecture) if bed.stage in {"stage1_9", "stage3"} else None
+    if bed.perturbation:
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + bed.perturbation * torch.randn(parameter.shape, generator=generator))
+    if bed.double:
+        model.double()
+        if teacher_model is not None:
+            teacher_model.double()
+    compute = Compute(torch.device("cpu"), torch.bfloat16 if bed.bfloat16 else torch.float32)
+    model.train()
+    model.activation_checkpointing = bed.checkpointing
+    refresh: Callable[[], None] | None = None
+    if world_size() > 1:
+        from wrinklefree.training.fsdp_wrapper import shard, sharding_for
+
+        sharding = sharding_for(bed.distributed, compute)
+        if bed.double:
+            sharding = replace(sharding, compute_dtype=torch.float64)
+        codes = shard(model, sharding)
+        refresh = None if codes is None else codes.update
+        if teacher_model is not None:
+            teacher_model.requires_grad_(False)
+            shard(teacher_model, sharding)
+    stream: Any = SeededRows(bed.rows // bed.accumulation, bed.architecture.vocab_size)
+    micro_batches = bed.accumulation
+    if world_size() > 1:
+        stream = RankShare(
+            stream, accumulation_steps=bed.accumulation, rows=stream.rows, rank=rank(), world_size=world_size()
+        )
+        micro_batches = stream.micro_batches
+    trainer = Trainer(
+        model=model,
+        objective=_objective(bed),
+        optimizer=build_optimizer(model, bed.optimizer, OptimizerConfig(rank=4), bed.learning_rate, seed=3),
+        stream=stream,
+        settings=TrainerSettings(
+            total_steps=bed.total_steps or bed.steps,
+            accumulation_steps=micro_batches,
+            peak_learning_rate=bed.learning_rate,
+            weight_decay=0.01,
+            schedule=ScheduleConfig(),
+            warmup=WarmupConfig(schedule="linear" if bed.warmup else "none", share=0.5),
+            grad_clip=1.0,
+            save_interval=bed.save_interval,
+            evaluation_interval=0,
+            max_nonfinite_steps=2,
+        ),
+        compute=compute,
+        warm_start=WarmStart(start, start) if ternary else WarmStart(1.0, 1.0),
+        teacher=None if teacher_model is None else Teacher(teacher_model),
+        refresh_weights=refresh,
+    )
+    return trainer, trainer._refresh
+
+
+def _objective(bed: Bed) -> Objective:
+    match bed.stage:
+        case "stage1_9":
+            return layerwise_objective(LayerwiseConfig(lm_loss_weight=0.5), bed.architecture)
+        case "stage3":
+            config = DistillationConfig.model_validate(
+                {"name": "bed", "attention": {"relation_heads": 2}, "gamma_attention": "auto", "preset": "paper"}
+            )
+            return stage3_objective(config, bed.architecture, bed.architecture)
+        case _:
+            return language_model_objective()
+
+
+def train(bed: Bed, with_gradients: bool = False) -> Outcome:
+    """Run a bed on this rank; every rank at once."""
+    torch.set_num_threads(1)
+    if bed.double:
+        torch.set_default_dtype(torch.float64)
+    try:
+        with Float64() if bed.double else nullcontext():
+            return _train(bed, with_gradients)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _train(bed: Bed, with_gradients: bool) -> Outcome:
+    trainer, _ = build(bed)
+    gradients: dict[str, Tensor] = {}
+    if with_gradients:
+        gradients = _first_gradients(trainer)
+        trainer, _ = build(bed)
+    losses, norms = [], []
+    for _ in range(bed.steps):
+        report = trainer.train_step()
+        losses.append(report.loss)
+        norms.append(report.grad_norm)
+    if world_size() > 1:
+        from wrinklefree.training.fsdp_wrapper import reshard
+
+        reshard(trainer.model)
+    weights = {name: whole(parameter).clone() for name, parameter in trainer.model.named_parameters()}
+    return Outcome(losses, norms, gradients, weights)
+
+
+def _first_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Whole gradients of the first step's loss, before clipping."""
+    from wrinklefree.models.bitlinear import set_quantization
+    from wrinklefree.models.subln import set_subln_strength
+
+    warmups = trainer.warmups_at(0)
+    set_quantization(trainer.model, warmups.quantization_lambda)
+    set_subln_strength(trainer.model, warmups.subln_strength)
+    trainer._refresh()
+    batches = [trainer.stream.next_batch() for _ in range(trainer.settings.accumulation_steps)]
+    counts, _ = trainer._count(batches)
+    if trainer.objective.needs_calibration:
+        trainer._calibrate(batches, counts)
+    trainer._accumulate(batches, counts)
+    return {name: whole(p.grad) for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+class Ranks:
+    """Processes that stay, so that many short jobs pay for one start-up: `run(world, function, *arguments)`."""
+
+    def __init__(self, size: int) -> None:
+        """Start `size` processes."""
+        import torch.multiprocessing as multiprocessing
+
+        context = multiprocessing.get_context("spawn")
+        self._pipes: list[Any] = []
+        self._processes: list[Any] = []
+        for _ in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+        """Results of `function(*arguments)` by rank, in a group of `world` processes (none for 1).
+
+        Raises:
+            RuntimeError: a rank failed; holds its traceback.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            for number, pipe in enumerate(self._pipes[:world]):
+                pipe.send((number, world, folder, function, arguments))
+            replies = []
+            for number, pipe in enumerate(self._pipes[:world]):
+                if not pipe.poll(timeout):
+                    raise RuntimeError(f"rank {number} did not answer within {timeout:g} s")
+                replies.append(pipe.recv())
+        failed = [f"rank {number}:\n{text}" for number, (ok, text) in enumerate(replies) if not ok]
+        if failed:
+            raise RuntimeError("\n".join(failed))
+        return [value for _, value in replies]
+
+    def close(self) -> None:
+        """End the processes."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+
+
+def _serve(pipe: Any) -> None:
+    torch.set_num_threads(1)
+    while True:
+        try:
+            number, world, folder, function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            with _Group(number, world, folder):
+                value = function(*arguments)
+            reply: tuple[bool, Any] = (True, value)
+        except BaseException:  # noqa: BLE001 - it goes to the caller
+            reply = (False, traceback.format_exc())
+        pipe.send(reply)
+
+
+class _Group:
+    """A process group for one job; nothing where there is one process."""
+
+    def __init__(self, number: int, world: int, folder: str) -> None:
+        self.number, self.world, self.folder = number, world, folder
+
+    def __enter__(self) -> None:
+        if self.world > 1:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{self.folder}/rendezvous", rank=self.number, world_size=self.world
+            )
+
+    def __exit__(self, *error: object) -> None:
+        if self.world > 1:
+            torch.distributed.destroy_process_group()
+
+
+def relative_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """Largest |a - b| of any tensor, relative to the largest |b| in the same tensor."""
+    if a.keys() != b.keys():
+        raise ValueError(f"different names: {sorted(a.keys() ^ b.keys())}")
+    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-30)) for name in a)
