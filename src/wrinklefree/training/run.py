@@ -256,7 +256,7 @@ def _train(plan: StagePlan, run_: Run) -> int:
         model, tokenizer = load_model(plan.source, config)
     model.to(compute.device).train()
     model.activation_checkpointing = (
-        training.activation_checkpointing or config.distributed.activation_checkpointing == "full"
+        "full" if training.activation_checkpointing else config.distributed.activation_checkpointing
     )
     longest = config.model.architecture.max_position_embeddings
     if training.max_seq_length > longest:
