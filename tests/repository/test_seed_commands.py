@@ -60,7 +60,6 @@ TRAIN: list[tuple[str, dict[str, object]]] = [
 ]
 
 OTHERS: list[tuple[Callable[[Sequence[str]], int], str]] = [
-    (cli.convert_main, "--input outputs/checkpoint-final --output outputs/model.gguf"),
     (cli.benchmark_main, ""),
     (cli.benchmark_main, "benchmark.num_trials=10"),
     (cli.benchmark_main, "--resume benchmark_results/experiment.json"),
@@ -93,6 +92,15 @@ def test_other_commands_are_understood_and_said_to_be_missing(
 ) -> None:
     assert main(command.split()) == 2
     assert "is not available yet in this version" in capsys.readouterr().err
+
+
+def test_the_conversion_command_is_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.convert_main(["--input", "outputs/checkpoint-final", "--output", "outputs/model.gguf"]) == 78
+    message = "error: outputs/checkpoint-final does not exist; pass an artifact or a stage's output folder\n"
+    assert capsys.readouterr().err == message
 
 
 def test_the_serving_command_is_understood(
