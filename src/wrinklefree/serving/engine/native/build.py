@@ -23,6 +23,7 @@ FLAGS = (
     "-ffp-contract=off",
 )  # fmt: skip
 SANITIZERS = ("-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+"""What finds errors that tests cannot see; for programs, as Python itself is not built with them."""
 ZIG_TARGETS = {
     ("Linux", "x86_64"): "x86_64-linux-gnu.2.17",
     ("Linux", "aarch64"): "aarch64-linux-gnu.2.17",
