@@ -28,8 +28,9 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 INFRASTRUCTURE_KEYS = frozenset(
     {
-        "allow_slow", "audit", "dry_run", "estimate", "experiment_name", "gcs", "hydra", "logging", "num_workers",
-        "output_dir", "resume", "serving", "skip_recovery", "tensorboard", "tracker", "trackers", "trackio", "wandb",
+        "allow_slow", "audit", "dry_run", "estimate", "estimation", "experiment_name", "gcs", "hydra", "logging",
+        "num_workers", "output_dir", "resume", "serving", "skip_recovery", "tensorboard", "tracker", "trackers",
+        "trackio", "wandb",
     }
 )  # fmt: skip
 """Keys that are dropped at any depth, with all below them."""
