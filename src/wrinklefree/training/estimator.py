@@ -36,6 +36,7 @@ from wrinklefree.training.optimizers import resolve_optimizer
 from wrinklefree.training.plan import steps_for
 from wrinklefree.training.stages import STAGES
 from wrinklefree.training.task_sizes import task_size
+from wrinklefree.utils.errors import ConfigError
 
 NEWTON_SCHULZ_STEPS = 5
 HEADROOM = 0.08
@@ -104,8 +105,25 @@ class Estimate:
         return self.workload is None or self.memory.total <= self.usable_memory
 
 
+def share_of_device(rows: int, accumulation: int, devices: int) -> tuple[int, int]:
+    """(rows of a micro-batch, micro-batches) of the busiest of `devices` that share a step's rows, as `RankShare` does.
+
+    Raises:
+        ConfigError: a step has fewer rows than there are devices.
+    """
+    total = rows * accumulation
+    if total < devices:
+        raise ConfigError(
+            f"a step has {total} rows (training.batch_size={rows} x training.gradient_accumulation_steps={accumulation}) "
+            f"and there are {devices} devices: raise one of the two, or give fewer devices"
+        )
+    largest = math.ceil(total / devices)
+    micro_batches = math.ceil(largest / rows)
+    return math.ceil(largest / micro_batches), micro_batches
+
+
 def workload_of(
-    config: RunConfig, *, device: DeviceKind, shards: int, target_share: float, documents_a_row: float = 1.0
+    config: RunConfig, *, device: DeviceKind, devices: int, target_share: float, documents_a_row: float = 1.0
 ) -> Workload:
     """The work of one device in a stage that trains, fully quantized."""
     training, distillation, layerwise = config.training, config.distillation, config.layerwise
@@ -122,13 +140,15 @@ def workload_of(
             teacher = "none"
     checkpointing = "full" if training.activation_checkpointing else config.distributed.activation_checkpointing
     compute_bytes = 4 if training.dtype == "float32" else 2
+    shards = devices if config.distributed.strategy == "fsdp" else 1
+    rows, accumulation = share_of_device(training.batch_size, training.gradient_accumulation_steps, shards)
     return Workload(
         architecture=config.model.architecture,
         device_type=device.type,
         compute_bytes=compute_bytes,
-        rows=training.batch_size,
+        rows=rows,
         length=training.max_seq_length,
-        accumulation=training.gradient_accumulation_steps,
+        accumulation=accumulation,
         target_share=1.0 if logits_kl and resolve_form(distillation).positions == "all" else target_share,
         ternary=stage.ternary,
         placement=config.subln.placement,
@@ -172,14 +192,14 @@ def estimate_stage(config: RunConfig) -> Estimate:
     if isinstance(training, Stage1Config):
         return _estimate_stage1(config, device)
     assert isinstance(training, StageConfig)
-    shards = devices if config.distributed.strategy == "fsdp" else 1
+    if devices > 1 and config.distributed.strategy == "single":
+        raise ConfigError(
+            f"estimation.devices={devices}, and distributed={config.distributed.name} trains on one: choose "
+            "distributed=fsdp_multi or fsdp_large"
+        )
     share, documents, batches, notes = _data_shape(config, training)
-    workload = workload_of(config, device=device, shards=shards, target_share=share, documents_a_row=documents)
-    steps = steps_for(training, None if batches is None else max(1, math.ceil(batches / devices)))
-    if training.max_steps is None and training.epochs is None:
-        steps = math.ceil(steps / devices)
-    if devices > 1 and shards == 1:
-        notes = (*notes, f"distributed={config.distributed.name} uses one process; {devices} devices need fsdp_multi")
+    workload = workload_of(config, device=device, devices=devices, target_share=share, documents_a_row=documents)
+    steps = steps_for(training, batches)
     flops = step_flops(workload)
     traffic = step_traffic(workload)
     efficiency = settings.efficiency if settings.efficiency is not None else device.efficiency
@@ -198,7 +218,7 @@ def estimate_stage(config: RunConfig) -> Estimate:
         devices=devices,
         nodes=math.ceil(devices / settings.devices_per_node),
         steps=steps,
-        tokens=steps * workload.tokens * workload.accumulation * devices,
+        tokens=steps * training.batch_size * training.gradient_accumulation_steps * training.max_seq_length,
         traffic=traffic,
         arithmetic_seconds=flops / (device.flops(workload.compute_bytes) * efficiency),
         traffic_seconds=(traffic.gathered + traffic.reduced) / link,

@@ -49,7 +49,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def explained(config: RunConfig, device_type: str) -> Iterator[None]:
+def explained(config: RunConfig) -> Iterator[None]:
     """Raise `OutOfMemoryError` with advice in place of any out-of-memory error inside.
 
     Raises:
@@ -62,7 +62,7 @@ def explained(config: RunConfig, device_type: str) -> Iterator[None]:
             raise
         # The frames of the failed step hold its tensors; the message needs none of them.
         error.__traceback__ = None
-        message = describe(config, device_type)
+        message = describe(config, "cuda" if torch.cuda.is_available() else "cpu")
     else:
         return
     raise OutOfMemoryError(message)
@@ -168,7 +168,7 @@ def _estimated_peak(config: RunConfig, device_type: str, shards: int | None) -> 
     kind = DEVICE_KINDS["h100_80gb" if device_type == "cuda" else "cpu_2_cores"]
     sharded = config.distributed.strategy == "fsdp"
     count = shards if shards is not None else (world_size() if sharded else 1)
-    workload = workload_of(config, device=kind, shards=count, target_share=1.0)
+    workload = workload_of(config, device=kind, devices=count, target_share=1.0)
     return peak_of_run(workload, warms_up=training.quantization_warmup.schedule != "none").total
 
 

@@ -51,6 +51,7 @@ from wrinklefree.training.device import (
 )
 from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.inputs import StageInput
+from wrinklefree.training.memory_advice import explained
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
 from wrinklefree.training.stage1 import insert_subln
@@ -169,7 +170,8 @@ def _run_opened(
     earlier = 0.0 if config.skip_recovery else _seconds_so_far(run_)
     run_.mark("running")
     try:
-        tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
+        with explained(config):
+            tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
     except Interrupted as stopped:
         run_.mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
         raise

@@ -32,7 +32,7 @@ from wrinklefree.training.optimizers import set_learning_rate, set_weight_decay
 from wrinklefree.training.schedules import learning_rate, weight_decay
 from wrinklefree.utils.checkpoint import Checkpoint, CheckpointStore
 from wrinklefree.utils.distributed import largest_of_ranks, sum_over_ranks
-from wrinklefree.utils.errors import CheckpointError, NonFiniteError, OutOfMemoryError
+from wrinklefree.utils.errors import CheckpointError, NonFiniteError
 from wrinklefree.utils.training_state import pack_optimizer_state, restore_rng_state, rng_state, unpack_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -148,7 +148,6 @@ class Trainer:
 
         Raises:
             NonFiniteError: after `max_nonfinite_steps` steps in a row without a finite loss and gradient.
-            OutOfMemoryError: when the device has too little memory; says what to try.
             Interrupted: after a signal (`stop_signal`), once the checkpoint is written.
         """
         try:
@@ -210,15 +209,12 @@ class Trainer:
 
         batches = [self.stream.next_batch() for _ in range(self.settings.accumulation_steps)]
         counts, tokens = self._count(batches)
-        try:
-            if step == 0 and self.objective.needs_calibration:
-                self._calibrate(batches, counts)
-            total, terms, weights = self._accumulate(batches, counts)
-            if self.teacher is not None:
-                self.teacher.release()
-            norm = clip_gradients(self._trainable, self.settings.grad_clip)
-        except torch.OutOfMemoryError as error:
-            raise self._out_of_memory(batches[0]) from error
+        if step == 0 and self.objective.needs_calibration:
+            self._calibrate(batches, counts)
+        total, terms, weights = self._accumulate(batches, counts)
+        if self.teacher is not None:
+            self.teacher.release()
+        norm = clip_gradients(self._trainable, self.settings.grad_clip)
         names = list(terms)
         norm = norm.float().to(total.device)
         grad_norm, *sums = torch.stack([norm, total, *(terms[name] for name in names)]).tolist()
@@ -316,16 +312,6 @@ class Trainer:
                 f"{self.progress.skipped_in_a_row}th step in a row that is not finite. Lower training.lr "
                 f"(now {self.settings.peak_learning_rate:g}) or training.grad_clip; the last good checkpoint is kept."
             )
-
-    def _out_of_memory(self, batch: Batch) -> OutOfMemoryError:
-        rows, length = batch.input_ids.shape
-        accumulation = self.settings.accumulation_steps
-        return OutOfMemoryError(
-            f"out of memory at batch {rows} x {length} tokens, accumulation {accumulation}. Same mathematics in less "
-            f"memory: training.batch_size={max(rows // 2, 1)} training.gradient_accumulation_steps={accumulation * 2}, "
-            "or training.activation_checkpointing=true; or shorter rows: "
-            f"training.max_seq_length={max(length // 2, 8)}"
-        )
 
     def save(self) -> None:
         """Write a resumable checkpoint of everything that decides the next step."""
