@@ -96,7 +96,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(
             ["influence.enabled=true"],
             "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed",
         ),
-        (["estimate=true"], "estimate=true is not available yet: dry_run=true prints steps and tokens"),
     ],
 )
 def test_what_is_not_there_yet_is_refused_and_may_be_planned(

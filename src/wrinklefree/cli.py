@@ -228,13 +228,13 @@ def refuse_unavailable(configuration: object) -> None:
     """Refuse a run that needs a part which this version does not have.
 
     Raises:
-        NotAvailableError: naming the part and what to use instead. A dry run is never refused.
+        NotAvailableError: naming the part and what to use instead. A dry run or an estimate is never refused.
     """
     from wrinklefree.training.config import RunConfig
 
     assert isinstance(configuration, RunConfig)
     config = configuration
-    if config.dry_run:
+    if config.dry_run or config.estimate:
         return
     if config.distributed.strategy == "fsdp":
         raise NotAvailableError(
@@ -255,8 +255,6 @@ def refuse_unavailable(configuration: object) -> None:
         raise NotAvailableError(
             "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed"
         )
-    if config.estimate:
-        raise NotAvailableError("estimate=true is not available yet: dry_run=true prints steps and tokens")
 
 
 def set_up_logging() -> None:

@@ -39,6 +39,7 @@ OVERRIDES = {
     "seed=1  seeds=3": "one seed; or so many of them, for the table's intervals",
     "output_dir=PATH": "where runs are written (outputs)",
     "dry_run=true": "compose, resolve inputs, print the plan, stop",
+    "estimate=true": "print memory, traffic, time and price, stop; estimation.device=h100_80gb estimation.devices=64",
     "skip_recovery=true": "start fresh: neither skip a complete run nor resume an interrupted one",
     "allow_slow=true": "run although the estimate is above 24 hours",
 }
