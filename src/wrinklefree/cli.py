@@ -295,6 +295,11 @@ def _run(overrides: Sequence[str]) -> int:
     set_up_logging()
     config, tree = compose(overrides)
     refuse_unavailable(config)
+    if config.estimate:
+        from wrinklefree.training.estimate_report import run_estimate
+
+        _show(run_estimate(config, overrides))
+        return 0
     if config.gcs.enabled and not config.dry_run:
         from wrinklefree.utils.gcs_storage import check_access
 
