@@ -272,14 +272,14 @@ def test_the_embedding_keeps_every_bit() -> None:
 
 
 def test_names_and_shapes_are_those_of_the_pytorch_model() -> None:
-    from wrinklefree.serving.engine.native.model import _wanted_shapes
+    from wrinklefree.serving.engine.native.model import parameter_shapes
 
     for architecture in ARCHITECTURES.values():
         for placement in PLACEMENTS:
             model = random_model(architecture, placement)
             assert model.bitnet is not None
             expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-            assert _wanted_shapes(architecture, model.bitnet) == expected
+            assert parameter_shapes(architecture, model.bitnet) == expected
 
 
 def test_every_tensor_is_accounted_for() -> None:

@@ -123,7 +123,7 @@ class PackedModel:
         widest = max(architecture.hidden_size, architecture.intermediate_size, _query_size(architecture))
         if widest > MAX_COLUMNS:
             raise ConfigError(f"the model has {widest} dimensions, the CPU engine runs up to {MAX_COLUMNS}; use torch")
-        wanted = _wanted_shapes(architecture, bitnet)
+        wanted = parameter_shapes(architecture, bitnet)
         packed = cls(architecture, bitnet, head)
         for name, tensor in tensors:
             if name == HEAD and architecture.tie_word_embeddings:
@@ -264,7 +264,7 @@ def _query_size(architecture: Architecture) -> int:
     return architecture.num_attention_heads * architecture.head_dim
 
 
-def _wanted_shapes(architecture: Architecture, bitnet: BitNetSpec) -> dict[str, tuple[int, ...]]:
+def parameter_shapes(architecture: Architecture, bitnet: BitNetSpec) -> dict[str, tuple[int, ...]]:
     """Parameter names and shapes of the `CausalLM` of this architecture."""
     hidden, inner, head_dim = architecture.hidden_size, architecture.intermediate_size, architecture.head_dim
     query, key = _query_size(architecture), architecture.num_key_value_heads * head_dim
