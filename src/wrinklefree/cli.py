@@ -12,8 +12,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from wrinklefree.utils.errors import ConfigError, NotAvailableError, WrinkleFreeError
+
+if TYPE_CHECKING:
+    from wrinklefree.training.config import DistributedConfig
 
 HYDRA_FLAGS = {
     "--cfg", "-c", "--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun",
@@ -43,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmark": benchmark_main,
         "evaluate": evaluate_main,
         "study": study_main,
+        "prepare": prepare_main,
+        "inspect": inspect_main,
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
         from wrinklefree.cli_help import command_help
@@ -224,6 +230,52 @@ def study_main(argv: Sequence[str] | None = None) -> int:
     return _guarded(study)
 
 
+def prepare_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/prepare_data.py`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        from wrinklefree.cli_help import prepare_help
+
+        _show(prepare_help())
+        return 0
+
+    def prepare() -> int:
+        from wrinklefree.training.data_config import parse_prepare
+
+        command, configuration = parse_prepare(arguments)
+        set_up_logging()
+        from wrinklefree.training.data_commands import run_prepare
+
+        _show(run_prepare(command, configuration))
+        return 0
+
+    return _guarded(prepare)
+
+
+def inspect_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/inspect_data.py`; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(arguments):
+        from wrinklefree.cli_help import inspect_help
+
+        _show(inspect_help())
+        return 0
+
+    def inspect() -> int:
+        from wrinklefree.training.data_config import parse_inspect
+
+        command, configuration = parse_inspect(arguments)
+        set_up_logging()
+        from rich.console import Console
+
+        from wrinklefree.training.data_commands import run_inspect
+
+        run_inspect(command, configuration, Console(soft_wrap=True))
+        return 0
+
+    return _guarded(inspect)
+
+
 def refuse_unavailable(configuration: object) -> None:
     """Refuse a run that needs a part which this version does not have.
 
@@ -236,24 +288,30 @@ def refuse_unavailable(configuration: object) -> None:
     config = configuration
     if config.dry_run or config.estimate:
         return
-    if config.distributed.strategy == "fsdp":
-        raise NotAvailableError(
-            f"distributed={config.distributed.name} is not available yet: use distributed=single_gpu, or dry_run=true "
-            "to see the plan"
-        )
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise NotAvailableError(
-            f"{processes} processes (WORLD_SIZE) are not available yet: start train.py without torchrun"
-        )
-    if config.distributed.optimizer_offload or config.distributed.activation_checkpointing == "selective":
-        raise NotAvailableError(
-            "distributed.optimizer_offload=true and distributed.activation_checkpointing=selective are not available yet: "
-            "use training.activation_checkpointing=true or optimizer.type=adamw_8bit to save memory"
-        )
+    _refuse_distributed(config.distributed, is_pipeline=config.training.stage == "bitdistill")
     if config.influence.enabled:
         raise NotAvailableError(
             "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed"
+        )
+
+
+def _refuse_distributed(config: "DistributedConfig", *, is_pipeline: bool) -> None:
+    """Refuse processes and settings that do not go together, before anything is loaded."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if is_pipeline and (processes > 1 or config.strategy == "fsdp"):
+        raise ConfigError(
+            "the pipeline training=bitdistill runs in one process: with distributed=fsdp_* give its stages one by one "
+            "(training=stage1_subln, stage1_9_layerwise, stage2_pretrain, fp_sft, stage3_distill)"
+        )
+    if config.strategy == "single" and processes > 1:
+        raise ConfigError(
+            f"{processes} processes were started (WORLD_SIZE), and distributed={config.name} trains in one: add "
+            "distributed=fsdp_multi, or start train.py without torchrun"
+        )
+    if config.strategy == "single" and config.optimizer_offload:
+        raise ConfigError(
+            f"distributed.optimizer_offload=true needs shards, and distributed={config.name} has none: use "
+            "distributed=fsdp_large (it runs on one GPU too)"
         )
 
 
@@ -275,7 +333,8 @@ def set_up_logging() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"))
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    logging.getLogger("wrinklefree").setLevel(logging.INFO)
+    # Of several processes one speaks; the others are heard when something goes wrong.
+    logging.getLogger("wrinklefree").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
 
 
 def _train(arguments: list[str]) -> int:
@@ -407,9 +466,16 @@ def _guarded(command: Callable[[], int]) -> int:
 
 
 def _report(error: WrinkleFreeError) -> int:
-    for line in str(error).splitlines():
-        sys.stderr.write(f"error: {line}\n")
+    # A wrong configuration is wrong on every rank: one says so.
+    if _rank() == 0 or not isinstance(error, ConfigError):
+        who = "error" if "WORLD_SIZE" not in os.environ else f"error on rank {_rank()}"
+        for line in str(error).splitlines():
+            sys.stderr.write(f"{who}: {line}\n")
     return error.exit_code
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def _unknown_command(name: str, known: list[str]) -> int:

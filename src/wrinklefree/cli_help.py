@@ -10,6 +10,8 @@ COMMANDS = {
     "generate": "continue a prompt, or chat in the terminal (scripts/generate.py)",
     "benchmark": "search for efficient settings (scripts/run_benchmark.py)",
     "evaluate": "score a checkpoint, or compare two (scripts/run_evaluation.py)",
+    "prepare": "filter, deduplicate and tokenize text once (scripts/prepare_data.py)",
+    "inspect": "show packed rows as text (scripts/inspect_data.py)",
     "study": "run, resume or report a study of many arms (scripts/run_study.py)",
 }
 
@@ -116,6 +118,26 @@ EVALUATION_KEYS = {
     "model=NAME data=NAME": "as for train.py: the model of checkpoint=base, the text of bits per byte",
 }
 
+PREPARE_KEYS = {
+    "output=FOLDER": "gets a folder of tokens for each source; prints how to train on them",
+    "data=NAME model=NAME": "as for train.py: what to read (data=packaged), and whose tokenizer",
+    "data.num_workers=4": "processes that tokenize",
+    "deduplicate=near": "none, exact (the default), or near too (MinHash; needs the extra dedup)",
+    "near_threshold=0.8": "share of common phrases from which two documents are the same",
+    "filters.min_characters=200": "limits of the quality filters, null: off; docs/configuration_guide.md lists them",
+    "max_documents=1000000": "read no more of each source",
+    "max_tokens=1000000000": "write no more of each source",
+    "held_out_documents=10000": "texts kept of each of validation and test",
+    "verify=FOLDER": "only check a prepared folder, every file's SHA-256",
+}
+
+INSPECT_KEYS = {
+    "rows=3": "rows to show",
+    "skip=0": "rows to pass over first",
+    "tokenizer=FOLDER": "instead of that of model=: an artifact's, for example",
+    "data=NAME packing.packer=best_fit ...": "everything else as for train.py (training=fp_pretrain data=packaged)",
+}
+
 STUDY_KEYS = {
     "study=NAME": "a file of configs/study",
     "threads=1": "CPU threads of torch",
@@ -137,6 +159,32 @@ def evaluate_help() -> str:
             "Scores a checkpoint at lambda = 1 and full SubLN strength, with 95% bootstrap intervals.",
             "",
             *_table("keys", EVALUATION_KEYS),
+        ]
+    ).rstrip()
+
+
+def prepare_help() -> str:
+    """Return the help of `scripts/prepare_data.py`."""
+    return "\n".join(
+        [
+            "usage: prepare_data.py output=FOLDER [KEY=VALUE ...]",
+            "",
+            "Filters, deduplicates and tokenizes text once, into memory-mapped shards that data=tokens reads.",
+            "",
+            *_table("keys", PREPARE_KEYS),
+        ]
+    ).rstrip()
+
+
+def inspect_help() -> str:
+    """Return the help of `scripts/inspect_data.py`."""
+    return "\n".join(
+        [
+            "usage: inspect_data.py [KEY=VALUE ...]",
+            "",
+            "Shows packed rows as text: documents and their borders, and in \u2039marks\u203a what is no target.",
+            "",
+            *_table("keys", INSPECT_KEYS),
         ]
     ).rstrip()
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from wrinklefree.data.finetune_dataset import (
     finetune_stream,
     task_examples,
 )
+from wrinklefree.data.streams import merge_states
 from wrinklefree.data.tasks import Example, Task
 from wrinklefree.data.tokens import Tokenizer
 from wrinklefree.models.records import IGNORE
@@ -190,3 +192,47 @@ def test_an_empty_split_and_too_few_examples(tokenizer: Tokenizer, monkeypatch: 
     monkeypatch.setattr(finetune_dataset, "get_task", tasks.get_task)
     with pytest.raises(DataError, match="task recall has 2 training examples for 3 processes"):
         open_stream(tokenizer, recall(max_examples=2), rank=0, world_size=3)
+
+
+def rows_of_job(streams: list[FinetuneStream], rows: int) -> list[list[int]]:
+    """The next rows of a job, in its order."""
+    drawn = [streams[number % len(streams)]._next_row() for number in range(rows)]
+    return [[token for piece in row.pieces for token in piece.tokens.tolist()] for row in drawn]
+
+
+@pytest.mark.parametrize("packer", ["concat", "best_fit"])
+def test_a_task_goes_on_with_any_number_of_processes(
+    tokenizer: Tokenizer, packer: Literal["concat", "best_fit"]
+) -> None:
+    def job(world_size: int) -> list[FinetuneStream]:
+        return [
+            finetune_stream(
+                recall(max_examples=60), tokenizer, batch_size=2, max_seq_length=96,
+                packing=PackingConfig(packer=packer), seed=4, rank=rank, world_size=world_size,
+            )
+            for rank in range(world_size)
+        ]  # fmt: skip
+
+    expected = rows_of_job(job(1), 120)
+    streams, found = job(3), []
+    for world_size, rows in ((2, 33), (5, 20), (1, 35), (4, 20)):
+        found += rows_of_job(streams, rows)
+        states = [json.loads(json.dumps(stream.state_dict())) for stream in streams]
+        streams = job(world_size)
+        for stream in streams:
+            stream.load_state_dict(merge_states(states))
+    found += rows_of_job(streams, 120 - len(found))
+    assert found == expected
+    assert len({stream.batches_per_epoch for stream in streams}) == 1
+
+
+def test_best_fit_wastes_no_more_than_first_fit(tokenizer: Tokenizer) -> None:
+    shares = []
+    for packing in (PackingConfig(), PackingConfig(packer="best_fit")):
+        stream = finetune_stream(
+            recall(), tokenizer, batch_size=4, max_seq_length=96, packing=packing, seed=0
+        )  # fmt: skip
+        for _ in range(stream.batches_per_epoch):
+            stream.next_batch()
+        shares.append(stream.padding_share)
+    assert 0 < shares[1] <= shares[0]

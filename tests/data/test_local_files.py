@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from wrinklefree.data.config import LocalSource
-from wrinklefree.data.local_files import load_local, local_fingerprint
+from wrinklefree.data.local_files import LocalStream, load_local, local_fingerprint
 from wrinklefree.utils.errors import DataError
 
 
@@ -109,3 +109,18 @@ def test_the_fingerprint_is_of_contents_not_places(tmp_path: Path) -> None:
     assert first != local_fingerprint(source(tmp_path / "one", "body"))
     (tmp_path / "two" / "two.txt").write_text("different", encoding="utf-8")
     assert first != local_fingerprint(source(tmp_path / "two"))
+
+
+def test_a_stream_of_files_continues_at_any_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("whole file", encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\n', encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["three", "four"], "other": [1, 2]}), tmp_path / "c.parquet")
+    source = LocalSource(path=str(tmp_path), stream=True)
+    everything = [row["text"] for row in LocalStream(source)]
+    assert everything == ["whole file", "one", "two", "three", "four"]
+    for stop in range(6):
+        first, second = LocalStream(source), LocalStream(source)
+        rows = iter(first)
+        taken = [next(rows)["text"] for _ in range(stop)]
+        second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+        assert taken + [row["text"] for row in second] == everything

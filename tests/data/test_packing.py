@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wrinklefree.data.packing import Packer, Piece, collate, cut_to_length, next_token_piece, pack, pack_whole
+from wrinklefree.data.packing import Packer, Piece, best_fit, collate, cut_to_length, next_token_piece, pack, pack_whole
 from wrinklefree.models.records import IGNORE
 
 PAD = 999_999
@@ -73,6 +73,31 @@ def test_examples_stay_whole(lengths: list[int], length: int) -> None:
     assert all(len(row) <= length for row in rows)
 
 
+@given(lengths_of_documents, row_lengths)
+def test_best_fit_cuts_only_what_is_longer_than_a_row(lengths: list[int], length: int) -> None:
+    pieces = [part for piece in numbered(lengths) for part in cut_to_length(piece, length)]
+    rows = best_fit(pieces, length)
+    packed = sorted((piece.tokens.tolist() for row in rows for piece in row.pieces), key=lambda tokens: tokens[0])
+    assert packed == sorted((piece.tokens.tolist() for piece in pieces), key=lambda tokens: tokens[0])
+    assert all(len(row) <= length for row in rows)
+    # No row's content would fit into another row; so at most one row is not more than half full.
+    assert sum(len(row) * 2 <= length for row in rows) <= 1
+
+
+@given(lengths_of_documents, row_lengths)
+def test_best_fit_is_the_textbook_algorithm(lengths: list[int], length: int) -> None:
+    """Written out: pieces from long to short, each into the fullest row that has room."""
+    pieces = [part for piece in numbered(lengths) for part in cut_to_length(piece, length)]
+    filled: list[int] = []
+    for size in sorted(map(len, pieces), reverse=True):
+        fitting = [index for index, used in enumerate(filled) if used + size <= length]
+        if fitting:
+            filled[max(fitting, key=lambda index: filled[index])] += size
+        else:
+            filled.append(size)
+    assert sorted(len(row) for row in best_fit(pieces, length)) == sorted(filled)
+
+
 def test_first_fit_looks_into_the_rows_still_open() -> None:
     sizes = [[len(piece) for piece in row.pieces] for row in pack_whole(numbered([5, 6, 3, 2, 4]), 8)]
     assert sizes == [[5, 3], [6, 2], [4]]
@@ -120,3 +145,5 @@ def test_cutting_keeps_the_label_across_the_cut() -> None:
 def test_a_piece_that_may_not_be_cut_must_fit() -> None:
     with pytest.raises(ValueError, match="a piece of 6 tokens does not fit a row of 5"):
         pack_whole(numbered([6]), 5)
+    with pytest.raises(ValueError, match="a piece of 6 tokens does not fit a row of 5"):
+        best_fit(numbered([6]), 5)

@@ -132,3 +132,24 @@ class PackingConfig(Config):
     packer: Literal["concat", "best_fit"] = "concat"
     """concat: documents end to end, one cut where a row ends, no padding. best_fit: rows are filled from a block of documents
     so that only documents longer than a row are cut; a little padding. Examples of a task are never cut."""
+
+
+class FilterConfig(Config):
+    """Which documents `scripts/prepare_data.py` leaves out. No filter knows a language; null switches one off.
+
+    Thresholds on repetition are those of Gopher (arXiv:2112.11446, table A1), which cleaned most web corpora since.
+    """
+
+    min_characters: int | None = Field(default=100, ge=1)
+    max_characters: int | None = Field(default=None, ge=1)
+    max_symbol_share: float | None = Field(default=0.4, ge=0, le=1)
+    """Punctuation and symbols, of the characters that are not white space."""
+    max_digit_share: float | None = Field(default=0.3, ge=0, le=1)
+    max_duplicate_line_share: float | None = Field(default=0.3, ge=0, le=1)
+    """Lines that stood before in the document, of those that are not blank."""
+    max_duplicate_line_characters: float | None = Field(default=0.2, ge=0, le=1)
+    """Characters in such lines, of all characters."""
+    max_top_phrase_share: float | None = Field(default=0.16, ge=0, le=1)
+    """Characters covered by the most frequent phrase of four words, where it stands three times or more."""
+    min_compression_ratio: float | None = Field(default=0.15, ge=0, le=1)
+    """Compressed over plain bytes (zlib); finds repetition in scripts without spaces too."""

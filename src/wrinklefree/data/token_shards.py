@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from wrinklefree.data.config import TokensSource
 from wrinklefree.data.tokens import Tokenizer, Tokens
 from wrinklefree.utils.errors import CheckpointError, DataError
-from wrinklefree.utils.manifest import read_manifest, verify_manifest
+from wrinklefree.utils.manifest import MANIFEST, read_manifest, verify_manifest
 from wrinklefree.utils.storage import explained
 
 FORMAT = "wrinklefree tokens 1"
@@ -144,12 +144,13 @@ def read_record(path: str | Path) -> TokensRecord:
         DataError: the folder is none, or was never completed.
     """
     folder = Path(path).expanduser()
+    # A run of scripts/prepare_data.py writes a folder a source: a likely mistake is to give what holds them.
+    inner = sorted(file.parent.name for file in folder.glob("*/manifest.json"))
+    if inner and not (folder / MANIFEST).exists():
+        raise DataError(f"data source path={path} holds the prepared folders {', '.join(inner)}: give one of them")
     manifest = _manifest(folder)
     if manifest.get("format") != FORMAT:
-        # A run of scripts/prepare_data.py writes a folder a source.
-        inner = sorted(file.parent.name for file in folder.glob("*/manifest.json"))
-        hint = f"; it holds the folders {', '.join(inner)}: give one of them" if inner else ""
-        raise DataError(f"data source path={path} holds no tokens of scripts/prepare_data.py{hint}")
+        raise DataError(f"data source path={path} holds no tokens of scripts/prepare_data.py; run it first")
     return TokensRecord(**manifest["record"])
 
 

