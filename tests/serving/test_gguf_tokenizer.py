@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, normalizers
 from tokenizers.models import BPE, WordPiece
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.pre_tokenizers import ByteLevel, Split
 from tokenizers.trainers import BpeTrainer
 
 import wrinklefree
@@ -24,6 +25,7 @@ from wrinklefree.serving.runtime_probe import ask_llama_cpp
 from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.gguf import read_gguf
 from wrinklefree.utils.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
+from wrinklefree.utils.sentence_piece import SPACE, rebuild
 from wrinklefree.utils.tokenizer import SpecialTokens, TextTokenizer
 
 TINY = Path(wrinklefree.__file__).parent / "assets" / "tiny"
@@ -38,6 +40,31 @@ ODD_LINES = [
     " ",
     "\n",
 ]
+
+
+@cache
+def sentence_piece(*, steps: str = "prepend") -> TextTokenizer:
+    """A tokenizer of Llama 2's kind: learnt pieces, and every way to make each of them, better pieces first."""
+    learnt = Tokenizer(BPE())
+    learnt.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    learnt.pre_tokenizer = Split(SPACE, "merged_with_next")
+    learnt.train_from_iterator(REAL_LINES[::7], BpeTrainer(vocab_size=600, show_progress=False))
+    pieces = sorted(learnt.get_vocab(), key=learnt.get_vocab().get)  # type: ignore[arg-type]
+    characters = [piece for piece in pieces if len(piece) == 1]
+    longer = [piece for piece in pieces if len(piece) > 1]
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *longer, *characters]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in longer
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+    ]
+    tokenizer = rebuild(vocabulary, merges, steps, "<unk>")
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return TextTokenizer(tokenizer, SpecialTokens(eos="</s>", bos="<s>", add_bos=True))
+
+
 ROWS = [pytest.param(row, id=row.name) for row in PRE_TOKENIZERS]
 
 
@@ -88,6 +115,38 @@ def test_metadata_of_every_key(tmp_path: Path) -> None:
     assert file.text("tokenizer.chat_template") == "{{ x }}"
 
 
+@pytest.mark.parametrize("steps", ["prepend", "metaspace"])
+def test_a_sentence_piece_tokenizer_comes_back_from_its_metadata(steps: str, tmp_path: Path) -> None:
+    tokenizer = sentence_piece(steps=steps)
+    rows = tokenizer.vocab_size + 2
+    file = read_gguf(written(tokenizer, tmp_path / "t.gguf", rows=rows))
+    back = TextTokenizer.from_gguf(file)
+    assert back.fingerprint == tokenizer.fingerprint
+    assert (file.text("tokenizer.ggml.model"), file.metadata["tokenizer.ggml.add_bos_token"]) == ("llama", True)
+    types = file.integers("tokenizer.ggml.token_type")
+    assert types[:4] == [2, 3, 3, 6]
+    assert types[-2:] == [5, 5]
+    assert back.decode(back.encode("naïve 🙂 x")) == "naïve 🙂 x"
+
+
+def test_a_list_of_merges_that_scores_do_not_follow_is_refused() -> None:
+    def late(record: dict[str, Any]) -> None:
+        merges = record["model"]["merges"]
+        by_word = [left + right for left, right in merges]
+        twice = next(index for index, word in enumerate(by_word) if by_word.count(word) > 1)
+        merges.append(merges.pop(twice))
+
+    record = json.loads(sentence_piece().json)
+    late(record)
+    tokenizer = TextTokenizer(Tokenizer.from_str(json.dumps(record)), SpecialTokens(eos="</s>"))
+    with pytest.raises(ConfigError, match="merges one token's pairs at different ranks, so GGUF runtimes"):
+        tokenizer_metadata(tokenizer, tokenizer.vocab_size)
+    record = json.loads(sentence_piece().json) | {"normalizer": {"type": "NFKC"}}
+    tokenizer = TextTokenizer(Tokenizer.from_str(json.dumps(record)), SpecialTokens(eos="</s>"))
+    with pytest.raises(ConfigError, match="SentencePiece's and normalises or cuts text in a way"):
+        tokenizer_metadata(tokenizer, tokenizer.vocab_size)
+
+
 def changed(change: Callable[[dict[str, Any]], None]) -> TextTokenizer:
     record = json.loads(TextTokenizer.from_folder(TINY).json)
     change(record)
@@ -123,7 +182,7 @@ def swallowing_token(record: dict[str, Any]) -> None:
             r"has no GGUF name here \(known: gpt-2, smollm, qwen2, llama-bpe\).*add_prefix_space\": true",
         ),
         (lower_case, r"has no GGUF name here .*Lowercase"),
-        (byte_fallback, "tokenizer is SentencePiece's"),
+        (byte_fallback, r"is BPE with byte fallback, but lacks the merge"),
         (word_suffix, "sets end_of_word_suffix='</w>'"),
         (swallowing_token, "added token '<x>' swallows spaces"),
     ],
@@ -141,10 +200,13 @@ def test_another_algorithm_and_too_few_rows_are_refused() -> None:
         tokenizer_metadata(TextTokenizer.from_folder(TINY), 4000)
 
 
-@pytest.mark.parametrize("row", [*ROWS, pytest.param(None, id="tiny")])
-def test_llama_cpp_cuts_a_thousand_lines_into_the_same_tokens(row: PreTokenizer | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("row", [*PRE_TOKENIZERS, "tiny", "sentence piece"], ids=lambda row: getattr(row, "name", row))
+def test_llama_cpp_cuts_a_thousand_lines_into_the_same_tokens(row: PreTokenizer | str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="needs the package xllamacpp")
-    tokenizer = TextTokenizer.from_folder(TINY) if row is None else trained(row)
+    if isinstance(row, PreTokenizer):
+        tokenizer = trained(row)
+    else:
+        tokenizer = TextTokenizer.from_folder(TINY) if row == "tiny" else sentence_piece()
     architecture = Architecture(
         family="llama",
         vocab_size=tokenizer.vocab_size + 3,
@@ -160,7 +222,8 @@ def test_llama_cpp_cuts_a_thousand_lines_into_the_same_tokens(row: PreTokenizer 
     write_artifact(tmp_path / "artifact", CausalLM(architecture), tokenizer, {"stage": "base"})
     made = convert(ConversionOptions(tmp_path / "artifact", tmp_path / "m.gguf", verify=False))
     # GGUF runtimes do not normalise: Qwen's NFC joins what they keep apart.
-    odd = [line for line in ODD_LINES if row is None or row.name != "qwen2" or "\u0301" not in line]
+    keeps_forms = not isinstance(row, PreTokenizer) or row.name != "qwen2"
+    odd = [line for line in ODD_LINES if keeps_forms or "\u0301" not in line]
     lines = [*REAL_LINES[3 : 3 + 1000 * 7 : 7], *odd, "a<|im_end|>b", "<tool>x"]
     assert len(lines) > 1000
     answer = ask_llama_cpp(made.path, [[1, 2]], lines, vocab_size=architecture.vocab_size, plain_token=70)

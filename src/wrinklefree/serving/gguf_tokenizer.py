@@ -1,20 +1,23 @@
 """A tokenizer as GGUF metadata: vocabulary, token types, merges, pre-tokenizer, special tokens, chat template."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wrinklefree.serving.gguf_writer import MetadataValue
 from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.pre_tokenizers import pre_tokenizer_of
+from wrinklefree.utils.sentence_piece import SENTENCE_PIECE_KEY, scores_of, steps_name
 from wrinklefree.utils.tokenizer import TextTokenizer
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """`tokenizer.ggml.token_type`."""
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Special tokens that end a turn of a chat; models are trained to stop at them too."""
 
+_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _OTHER_ALGORITHMS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
 
 
@@ -27,11 +30,10 @@ def tokenizer_metadata(tokenizer: TextTokenizer, rows: int) -> dict[str, Metadat
     record: dict[str, Any] = json.loads(tokenizer.json)
     model: Mapping[str, Any] = record["model"]
     _check_kind(model)
-    row = pre_tokenizer_of(record)
     words, types = _vocabulary(model["vocab"], record["added_tokens"], rows)
+    kind = _sentence_piece(record, words, types) if model.get("byte_fallback", False) else _byte_level(record)
     metadata: dict[str, MetadataValue] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": row.name,
+        **kind,
         "tokenizer.ggml.tokens": list(words),
         "tokenizer.ggml.token_type": list(types),
         "tokenizer.ggml.merges": [_merge(entry) for entry in model["merges"]],
@@ -39,7 +41,6 @@ def tokenizer_metadata(tokenizer: TextTokenizer, rows: int) -> dict[str, Metadat
         "tokenizer.ggml.padding_token_id": tokenizer.pad_token_id,
         "tokenizer.ggml.add_bos_token": tokenizer.add_bos,
         "tokenizer.ggml.add_eos_token": False,
-        "tokenizer.ggml.add_space_prefix": False,
     }
     if tokenizer.bos_token_id is not None:
         metadata["tokenizer.ggml.bos_token_id"] = tokenizer.bos_token_id
@@ -53,23 +54,53 @@ def tokenizer_metadata(tokenizer: TextTokenizer, rows: int) -> dict[str, Metadat
 
 
 def _check_kind(model: Mapping[str, Any]) -> None:
-    """Refuse what is not plain byte-level BPE."""
+    """Refuse what is neither byte-level nor SentencePiece BPE."""
     if model["type"] != "BPE":
         raise ConfigError(
-            f"the tokenizer is of type {model['type']} and GGUF files are written with byte-level BPE only; export the "
-            "model with scripts/export_hf.py instead"
+            f"the tokenizer is of type {model['type']} and GGUF files are written with BPE only; export the model with "
+            "scripts/export_hf.py instead"
         )
-    if model.get("byte_fallback", False):
-        raise ConfigError(
-            "the tokenizer is SentencePiece's (BPE with byte fallback, as Llama 2's) and GGUF files are written with "
-            "byte-level BPE only; export the model with scripts/export_hf.py instead"
-        )
-    unusual = [key for key in _OTHER_ALGORITHMS if model.get(key)]
+    usual = ("unk_token",) if model.get("byte_fallback", False) else ()
+    unusual = [key for key in _OTHER_ALGORITHMS if model.get(key) and key not in usual]
     if unusual:
         raise ConfigError(
             f"the tokenizer sets {unusual[0]}={model[unusual[0]]!r}, which GGUF runtimes do not reproduce; export the "
             "model with scripts/export_hf.py instead"
         )
+
+
+def _byte_level(record: Mapping[str, Any]) -> dict[str, MetadataValue]:
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": pre_tokenizer_of(record).name,
+        "tokenizer.ggml.add_space_prefix": False,
+    }
+
+
+def _sentence_piece(record: Mapping[str, Any], words: Sequence[str], types: list[int]) -> dict[str, MetadataValue]:
+    """Keys of Llama 2's kind of tokenizer; marks byte tokens and the unknown token in `types`."""
+    model = record["model"]
+    vocabulary, unknown = model["vocab"], model["unk_token"]
+    for index, word in enumerate(words):
+        if types[index] == NORMAL and _BYTE.fullmatch(word):
+            types[index] = BYTE
+    special = frozenset(word for word, kind in zip(words, types, strict=True) if kind != NORMAL)
+    merges = [(left, right) for left, right in (_merge(entry).split(" ") for entry in model["merges"])]
+    scores = scores_of(vocabulary, merges, special)
+    lowest = -float(len(merges) + 1)
+    metadata: dict[str, MetadataValue] = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.pre": "default",
+        "tokenizer.ggml.scores": [
+            scores.get(word, lowest if kind == NORMAL else 0.0) for word, kind in zip(words, types, strict=True)
+        ],
+        "tokenizer.ggml.add_space_prefix": True,
+        SENTENCE_PIECE_KEY: steps_name(record),
+    }
+    if unknown is not None:
+        types[vocabulary[unknown]] = UNKNOWN
+        metadata["tokenizer.ggml.unknown_token_id"] = vocabulary[unknown]
+    return metadata
 
 
 def _vocabulary(

@@ -21,13 +21,15 @@ from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.gguf import GGUFFile
 from wrinklefree.utils.hub import snapshot
 from wrinklefree.utils.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer, pre_tokenizer_named
+from wrinklefree.utils.sentence_piece import SENTENCE_PIECE_KEY, rebuild
+from wrinklefree.utils.sentence_piece import STEPS as SENTENCE_PIECE_STEPS
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json")
 """Files that `from_folder` reads, where they exist."""
 
 _END_OF_TEXT = "<|endoftext|>"
 _BYTES = 256
-_CONTROL_TOKEN, _USER_TOKEN, _UNUSED_TOKEN = 3, 4, 5
+_UNKNOWN_TOKEN, _CONTROL_TOKEN, _USER_TOKEN, _UNUSED_TOKEN = 2, 3, 4, 5
 """Token types of a GGUF vocabulary."""
 
 
@@ -87,24 +89,18 @@ class TextTokenizer:
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> "TextTokenizer":
-        """Rebuild the byte-level BPE tokenizer that a GGUF file carries.
+        """Rebuild the BPE tokenizer that a GGUF file carries.
 
         Raises:
-            CheckpointError: the vocabulary is of another kind (SentencePiece, WordPiece ...).
+            CheckpointError: the vocabulary is of another kind (Unigram, WordPiece ...).
         """
-        kind, flavour = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre")
-        row = pre_tokenizer_named(flavour)
-        if kind != "gpt2" or row is None:
-            known = ", ".join(f"gpt2/{row.name}" for row in PRE_TOKENIZERS)
-            raise CheckpointError(f"{file.path} has the tokenizer {kind}/{flavour}; readable are {known}")
         words = file.texts("tokenizer.ggml.tokens")
         types = file.integers("tokenizer.ggml.token_type")
-        merges = [_merge(line) for line in file.texts("tokenizer.ggml.merges")]
         if len(words) != len(types) or len(set(words)) != len(words):
             raise CheckpointError(f"{file.path}: {len(words)} tokens, {len(set(words))} distinct, {len(types)} types")
         vocabulary = {word: index for index, word in enumerate(words) if types[index] != _UNUSED_TOKEN}
-        tokenizer = _with_steps(BPE(vocabulary, merges, ignore_merges=row.ignore_merges), row)
-        added = {_CONTROL_TOKEN: True, _USER_TOKEN: False}
+        tokenizer = _without_added_tokens(file, vocabulary)
+        added = {_CONTROL_TOKEN: True, _UNKNOWN_TOKEN: True, _USER_TOKEN: False}
         tokenizer.add_tokens(  # pyright: ignore[reportUnknownMemberType] - a bare list in the library's stub
             [AddedToken(w, special=added[t], normalized=False) for w, t in zip(words, types, strict=True) if t in added]
         )
@@ -238,6 +234,25 @@ def _byte_level(model: BPE) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _without_added_tokens(file: GGUFFile, vocabulary: Mapping[str, int]) -> Tokenizer:
+    """Vocabulary, merges and the steps around them."""
+    kind, flavour = file.text("tokenizer.ggml.model"), file.text("tokenizer.ggml.pre")
+    row = pre_tokenizer_named(flavour)
+    steps = file.metadata.get(SENTENCE_PIECE_KEY)
+    if kind == "llama" and isinstance(steps, str) and steps in SENTENCE_PIECE_STEPS:
+        words = {index: word for word, index in vocabulary.items()}
+        unknown = file.metadata.get("tokenizer.ggml.unknown_token_id")
+        merges = [_merge(line) for line in file.texts("tokenizer.ggml.merges")]
+        return rebuild(vocabulary, merges, steps, words.get(unknown) if isinstance(unknown, int) else None)
+    if kind != "gpt2" or row is None:
+        known = ", ".join(f"gpt2/{row.name}" for row in PRE_TOKENIZERS)
+        raise CheckpointError(
+            f"{file.path} has the tokenizer {kind}/{flavour}; readable are {known}, and SentencePiece's in this library's files"
+        )
+    merges = [_merge(line) for line in file.texts("tokenizer.ggml.merges")]
+    return _with_steps(BPE(dict(vocabulary), merges, ignore_merges=row.ignore_merges), row)
 
 
 def _with_steps(model: BPE, row: PreTokenizer) -> Tokenizer:
