@@ -39,6 +39,7 @@ def fake_run(monkeypatch: pytest.MonkeyPatch, outcome: Callable[[RunConfig], int
     module.__dict__["run"] = run
     monkeypatch.setitem(sys.modules, "wrinklefree.training.run", module)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
     return calls
 
 
@@ -89,8 +90,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(
     ("arguments", "line"),
     [
         (
-            ["training=stage2_pretrain", "distributed=fsdp_multi"],
-            "distributed=fsdp_multi is not available yet: use distributed=single_gpu, or dry_run=true to see the plan",
+            ["distributed=fsdp_multi"],
+            "the pipeline training=bitdistill runs in one process: with distributed=fsdp_* give its stages one by one "
+            "(training=stage1_subln, stage1_9_layerwise, stage2_pretrain, fp_sft, stage3_distill)",
+        ),
+        (
+            ["training=stage2_pretrain", "distributed.optimizer_offload=true"],
+            "distributed.optimizer_offload=true needs shards, and distributed=single_gpu has none: use "
+            "distributed=fsdp_large (it runs on one GPU too)",
         ),
         (
             ["influence.enabled=true"],
@@ -108,14 +115,18 @@ def test_what_is_not_there_yet_is_refused_and_may_be_planned(
     assert len(runs) == 1
 
 
-def test_several_processes_are_refused(
-    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_several_processes_need_a_sharded_run_and_one_of_them_says_so(
+    rank: str, runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert cli.train_main([]) == 2
-    assert capsys.readouterr().err == (
-        "error: 4 processes (WORLD_SIZE) are not available yet: start train.py without torchrun\n"
+    monkeypatch.setenv("RANK", rank)
+    assert cli.train_main(["training=stage2_pretrain"]) == 2
+    line = (
+        "error on rank 0: 4 processes were started (WORLD_SIZE), and distributed=single_gpu trains in one: add "
+        "distributed=fsdp_multi, or start train.py without torchrun\n"
     )
+    assert capsys.readouterr().err == (line if rank == "0" else "")
     assert not runs
 
 

@@ -1,5 +1,7 @@
 """The frozen model that a student is compared with."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -14,16 +16,20 @@ class Teacher:
     not be saved for a backward pass.
     """
 
-    def __init__(self, model: nn.Module, *, offload: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, offload: bool = False, on_release: Callable[[], None] | None = None
+    ) -> None:
         """Freeze `model`, called as `model(batch, wants) -> ModelOutput`.
 
         Args:
             model: The teacher; its parameters lose `requires_grad`.
             offload: Keep the weights in (pinned) CPU memory and on the batch's device only from the first call of a
                 step to `release`.
+            on_release: Called by `release`.
         """
         self.model = model.eval().requires_grad_(False)
         self.offload = offload
+        self._on_release = on_release
         self._resident: torch.device | None = None
         self._host: list[tuple[Tensor, Tensor]] = []
         if offload:
@@ -50,6 +56,8 @@ class Teacher:
         for tensor, host in self._host:
             tensor.data = host
         self._resident = None
+        if self._on_release is not None:
+            self._on_release()
 
     def _load(self, device: torch.device) -> None:
         if self._resident == device:

@@ -22,7 +22,7 @@ from wrinklefree.models.bitlinear import quantization_of
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.subln import subln_strength_of
-from wrinklefree.models.weights import assemble, read_safetensors
+from wrinklefree.models.weights import Cut, assemble, read_rows, read_safetensors
 from wrinklefree.utils.checkpoint import write_tensors
 from wrinklefree.utils.errors import CheckpointError
 from wrinklefree.utils.manifest import MANIFEST, commit_folder, verify_manifest, write_manifest
@@ -45,11 +45,14 @@ class Artifact:
     fingerprint: str
     """SHA-256 over config, weights and tokenizer; the lineage, which holds times and versions, is left out."""
 
-    def load_model(self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> CausalLM:
-        """The model, with the lambda and the SubLN strength that it was saved with."""
-        tensors = read_safetensors([self.folder / WEIGHTS])
+    def load_model(
+        self, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, *, cut: Cut | None = None
+    ) -> CausalLM:
+        """The model, with the lambda and the SubLN strength that it was saved with; `cut` as in `assemble`."""
+        files = [self.folder / WEIGHTS]
+        tensors = read_safetensors(files) if cut is None else read_rows(files)
         source = str(self.folder / WEIGHTS)
-        return assemble(self.architecture, self.bitnet, tensors, source=source, device=device, dtype=dtype)
+        return assemble(self.architecture, self.bitnet, tensors, source=source, device=device, dtype=dtype, cut=cut)
 
     def load_tokenizer(self) -> TextTokenizer:
         """The tokenizer that the model was trained with."""

