@@ -55,6 +55,7 @@ from wrinklefree.training.device import (
 )
 from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.inputs import StageInput
+from wrinklefree.training.memory_advice import explain_out_of_memory
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.placement import (
     Student,
@@ -225,10 +226,11 @@ def _run_opened(plan: StagePlan, opened: _Opened | None, started: float) -> Stag
     earlier = 0.0 if config.skip_recovery else _seconds_so_far(opened)
     mark("running")
     try:
-        if plan.stage.objective is None:
-            tokens = distributed.decide_on_rank_zero(partial(_insert_subln, plan))
-        else:
-            tokens = _train(plan, None if opened is None else opened.run.checkpoints)
+        with explain_out_of_memory(config):
+            if plan.stage.objective is None:
+                tokens = distributed.decide_on_rank_zero(partial(_insert_subln, plan))
+            else:
+                tokens = _train(plan, None if opened is None else opened.run.checkpoints)
     except Interrupted as stopped:
         mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
         raise
