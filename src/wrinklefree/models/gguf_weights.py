@@ -11,7 +11,7 @@ that a model came from a file.
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -34,6 +34,10 @@ CONFIG_KEY = "wrinklefree.config"
 
 FOLDED_KEY = "wrinklefree.ffn_norm_folded"
 """True where ffn_norm is 1 and its gain stands in ffn_gate_norm_in and ffn_up_norm_in."""
+
+GAINS_KEY = "wrinklefree.unpadded.gains"
+"""The norm gains that padding rescaled, as they were, in the order of their tensors: multiplied back they would be off by
+a last bit, and now and then an activation would round the other way."""
 
 PACKED_TYPES = frozenset({"TQ1_0", "TQ2_0", "Q2_0", "Q4_0", "I2_S"})
 """Types that keep codes and a scale; the others keep their product."""
@@ -201,6 +205,7 @@ def exported_tensors(
     if folded:
         del modules[_PRE_FFN_NORM]
         modules |= {_PRE_FFN_NORM: "ffn_gate_norm_in"}
+    gains = _unpadded_gains(file)
     for stored in file.tensors:
         if stored == names.ROPE_FACTORS or (folded and stored.endswith((".ffn_norm.weight", ".ffn_up_norm_in.weight"))):
             continue
@@ -216,7 +221,16 @@ def exported_tensors(
         tensor = torch.from_numpy(values)
         if name != stored:
             tensor = _unpadded(file, padding, name, tensor)
+            if len(gains) and padding.rescales(name):
+                tensor, gains = gains[: len(tensor)], gains[len(tensor) :]
         yield name, tensor if scale is None else Ternary(tensor, torch.tensor(scale, dtype=torch.float32))
+
+
+def _unpadded_gains(file: GGUFFile) -> Tensor:
+    gains = file.metadata.get(GAINS_KEY, [])
+    if not isinstance(gains, list) or not all(isinstance(gain, float) for gain in gains):
+        raise CheckpointError(f"{file.path}: {GAINS_KEY} is no list of numbers; convert the checkpoint again")
+    return torch.tensor(cast("list[float]", gains), dtype=torch.float32)
 
 
 def _unpadded(file: GGUFFile, padding: Padding, name: str, tensor: Tensor) -> Tensor:

@@ -150,11 +150,15 @@ class Padding:
                 values = values.narrow(dimension, 0, self._original_size(axis))
         return self._rescaled(name, values, inverse=True)
 
-    def _rescaled(self, name: str, values: Tensor, *, inverse: bool) -> Tensor:
+    def rescales(self, name: str) -> bool:
+        """Whether a parameter is a gain that padding multiplies, so that unpadding returns it with a rounding error."""
         axis = _NORMS.get(_module(name))
-        if axis is None or self._ratio(axis) == 1.0:
+        return axis is not None and self._ratio(axis) != 1.0
+
+    def _rescaled(self, name: str, values: Tensor, *, inverse: bool) -> Tensor:
+        if not self.rescales(name):
             return values
-        factor = math.sqrt(self._ratio(axis))
+        factor = math.sqrt(self._ratio(_NORMS[_module(name)]))
         return (values.double() * (1 / factor if inverse else factor)).to(values.dtype)
 
     def _ratio(self, axis: str) -> float:

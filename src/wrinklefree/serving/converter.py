@@ -15,7 +15,7 @@ from typing import Any, Literal
 from wrinklefree.models import gguf_names as names
 from wrinklefree.models.artifact import WEIGHTS, Artifact, read_artifact
 from wrinklefree.models.config import Architecture, BitNetSpec, Placement
-from wrinklefree.models.gguf_weights import CONFIG_KEY, FOLDED_KEY
+from wrinklefree.models.gguf_weights import CONFIG_KEY, FOLDED_KEY, GAINS_KEY
 from wrinklefree.models.padding import EpsilonChange, Padding, plan_padding
 from wrinklefree.quantization.packing import TERNARY_FORMATS, TernaryFormat
 from wrinklefree.serving.dense_types import DENSE_TYPES, DenseType
@@ -181,6 +181,7 @@ def file_metadata(artifact: Artifact, plan: ExportPlan, options: ConversionOptio
             "wrinklefree.unpadded.attention.head_count": architecture.num_attention_heads,
             "wrinklefree.unpadded.attention.head_count_kv": architecture.num_key_value_heads,
             "wrinklefree.unpadded.attention.layer_norm_rms_epsilon": architecture.rms_norm_eps,
+            GAINS_KEY: plan.rescaled_gains(TensorSource(artifact.folder / WEIGHTS)),
         }
     if weight_type == "I2_S":
         metadata["wrinklefree.i2_s_layout"] = _cpu(options)

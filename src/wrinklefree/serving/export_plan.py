@@ -134,6 +134,11 @@ class ExportPlan:
             raise CheckpointError(f"{source.path}: {name} holds NaN or infinity; export an earlier checkpoint")
         return self._arranged(name, self.padding.pad(name, values))
 
+    def rescaled_gains(self, source: TensorSource) -> NDArray[np.float32]:
+        """Norm gains that padding rescales, as they are in the checkpoint, one behind the other in the tensors' order."""
+        wanted = [name for name in _parameter_order(source.names, self.architecture) if self.padding.rescales(name)]
+        return torch.cat([source.tensor(name).to(torch.float32) for name in wanted]).numpy()
+
     @property
     def _weight_type(self) -> str:
         form = self.weight_format
