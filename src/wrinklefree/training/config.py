@@ -68,6 +68,8 @@ class CheckpointConfig(Config):
     save_interval: int = Field(default=500, ge=1)
     """Steps between resumable checkpoints."""
     keep_last_n: int = Field(default=2, ge=1)
+    asynchronous: Literal["auto"] | bool = "auto"
+    """Write in a thread from a copy in memory, while training goes on. auto: where there is a GPU."""
 
 
 class LoggingConfig(Config):

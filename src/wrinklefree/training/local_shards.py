@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from wrinklefree.models.shards import is_sharded, rows_here
+from wrinklefree.models.shards import Rows, is_sharded, rows_here
 
 
 def local_parameter(parameter: Tensor) -> Tensor:
@@ -23,9 +23,19 @@ def local_parameter(parameter: Tensor) -> Tensor:
     owner: Any = parameter
     local = getattr(owner, "local_parameter", None)
     if local is None:
-        local = nn.Parameter(rows_here(parameter).local, requires_grad=parameter.requires_grad)
+        rows = rows_here(parameter)
+        local = nn.Parameter(rows.local, requires_grad=parameter.requires_grad)
+        cast("Any", local).first_row, cast("Any", local).whole_shape = rows.start, rows.shape
         owner.local_parameter = local
     return cast("Tensor", local)
+
+
+def rows_of_local(parameter: Tensor) -> Rows:
+    """Where the rows of a local parameter stand in the whole one."""
+    local: Any = parameter
+    if not hasattr(local, "whole_shape"):
+        return Rows(parameter.detach(), 0, tuple(parameter.shape))
+    return Rows(parameter.detach(), local.first_row, local.whole_shape)
 
 
 def hand_gradients_over(parameters: Iterable[Tensor]) -> None:

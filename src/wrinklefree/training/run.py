@@ -22,6 +22,7 @@ from wrinklefree.data.streams import BatchStream
 from wrinklefree.data.tasks import get_task
 from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.artifact import read_artifact, write_artifact
+from wrinklefree.models.attention_backends import ChosenBackend, choose_backend
 from wrinklefree.models.bitlinear import set_quantization
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.hf import load_pretrained
@@ -38,6 +39,7 @@ from wrinklefree.training.callbacks import (
     RunInfo,
 )
 from wrinklefree.training.config import (
+    CheckpointConfig,
     PipelineConfig,
     PretrainConfig,
     RunConfig,
@@ -78,6 +80,7 @@ from wrinklefree.utils.determinism import seed_everything
 from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.remote_run import RemoteRun, remote_run
 from wrinklefree.utils.run_manager import Run, open_run, point
+from wrinklefree.utils.sharded_checkpoint import SharedCheckpointStore
 from wrinklefree.utils.storage import check_writable
 from wrinklefree.utils.tokenizer import TextTokenizer, train_tokenizer
 
@@ -294,6 +297,20 @@ def open_stream(config: RunConfig, tokenizer: TextTokenizer) -> PrefetchedStream
     return PrefetchedStream(stream, ahead=2 * training.gradient_accumulation_steps)
 
 
+def choose_attention(config: RunConfig, compute: Compute) -> ChosenBackend:
+    """What keeps documents apart on this device; printed."""
+    architecture = config.model.architecture
+    chosen = choose_backend(
+        config.packing.attention,
+        device=compute.device,
+        dtype=compute.dtype,
+        heads=(architecture.num_attention_heads, architecture.num_key_value_heads),
+        head_dim=architecture.head_dim,
+    )
+    logger.info("attention: %s (%s)", chosen.name, chosen.reason)
+    return chosen
+
+
 def share_rows(stream: BatchStream, training: StageConfig) -> tuple[BatchStream, int]:
     """This process's part of the rows, and its micro-batches a step."""
     accumulation = training.gradient_accumulation_steps
@@ -344,7 +361,11 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
         refuse_endless_cpu_run(seconds, allow_slow=config.allow_slow, command_hint=plan.stage.title)
     resolved = resolve_optimizer(config.optimizer, plan.stage.name, compute.device.type)
     logger.info("optimizer: %s", resolved.reason)
-    identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "attention": "sdpa"}
+    attention = choose_attention(config, compute)
+    model.attention_backend = attention.name
+    if teacher is not None and isinstance(teacher.model, CausalLM):
+        teacher.model.attention_backend = attention.name
+    identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "attention": attention.name}
     identity["device"] = compute.device.type
     spec = model.bitnet
     trainer = Trainer(
@@ -363,11 +384,12 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
             save_interval=training.checkpoint.save_interval,
             evaluation_interval=training.evaluation.interval,
             max_nonfinite_steps=training.max_nonfinite_steps,
+            saves_later=saves_later(training.checkpoint, compute),
         ),
         compute=compute,
         warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
         teacher=teacher,
-        store=checkpoints,
+        store=checkpoints if distributed.world_size() == 1 else SharedCheckpointStore(checkpoints),
         callbacks=[DataWait(stream), *make_callbacks(plan, model)] if distributed.is_main() else [],
         evaluate=make_validation(config, model, tokenizer, compute),
         identity=identity,
@@ -387,6 +409,11 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
 
     distributed.decide_on_rank_zero(write)
     return trainer.progress.tokens
+
+
+def saves_later(config: CheckpointConfig, compute: Compute) -> bool:
+    """Whether checkpoints are written beside the training: a copy in memory is cheap where a GPU trains."""
+    return compute.device.type != "cpu" if config.asynchronous == "auto" else config.asynchronous
 
 
 def load_student(plan: StagePlan, compute: Compute) -> tuple[Student, TextTokenizer]:

@@ -30,9 +30,17 @@ from wrinklefree.training.device import Compute
 from wrinklefree.training.local_shards import clip_gradients, hand_gradients_over
 from wrinklefree.training.optimizers import set_learning_rate, set_weight_decay
 from wrinklefree.training.schedules import learning_rate, weight_decay
+from wrinklefree.training.sharded_state import (
+    is_cut,
+    load_model_parts,
+    load_optimizer_parts,
+    model_parts,
+    optimizer_parts,
+)
 from wrinklefree.utils.checkpoint import Checkpoint, CheckpointStore
 from wrinklefree.utils.distributed import largest_of_ranks, sum_over_ranks
 from wrinklefree.utils.errors import CheckpointError, NonFiniteError
+from wrinklefree.utils.sharded_checkpoint import SharedCheckpointStore
 from wrinklefree.utils.training_state import pack_optimizer_state, restore_rng_state, rng_state, unpack_optimizer_state
 
 logger = logging.getLogger(__name__)
@@ -52,6 +60,8 @@ class TrainerSettings:
     save_interval: int
     evaluation_interval: int
     max_nonfinite_steps: int
+    saves_later: bool = False
+    """Write checkpoints in a thread, from a copy in memory."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class Trainer:
         compute: Compute,
         warm_start: WarmStart,
         teacher: Teacher | None = None,
-        store: CheckpointStore | None = None,
+        store: CheckpointStore | SharedCheckpointStore | None = None,
         callbacks: Sequence[Callback] = (),
         evaluate: Callable[[], Mapping[str, float]] | None = None,
         identity: Mapping[str, str] | None = None,
@@ -155,6 +165,7 @@ class Trainer:
                 callback.on_start(info)
             while self.progress.step < self.settings.total_steps:
                 self._step_and_after()
+            self._finish_saving()
             if self.last_report is not None:
                 self._validate(self.last_report)
                 for callback in self.callbacks:
@@ -181,9 +192,14 @@ class Trainer:
         if last or validates or step % settings.save_interval == 0 or stop_signal:
             self.save()
         if stop_signal:
+            self._finish_saving()
             raise Interrupted(stop_signal, step)
         if validates and not last:
             self._validate(report)
+
+    def _finish_saving(self) -> None:
+        if self.store is not None:
+            self.store.wait()
 
     def _validate(self, report: StepReport) -> None:
         if self.evaluate is not None:
@@ -317,9 +333,9 @@ class Trainer:
         """Write a resumable checkpoint of everything that decides the next step."""
         if self.store is None:
             return
-        optimizer_tensors, optimizer_state = pack_optimizer_state(self.optimizer)
+        weights, optimizer_tensors, optimizer_state = self._stored_parts()
         rng_tensors, rng = rng_state()
-        tensors = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        tensors: dict[str, Any] = {f"model.{name}": value for name, value in weights.items()}
         tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors.items()}
         tensors |= {f"rng.{name}": value for name, value in rng_tensors.items()}
         state: dict[str, Any] = {
@@ -331,7 +347,14 @@ class Trainer:
             "objective": self.objective.state_dict(),
             "report": None if self.last_report is None else dataclasses.asdict(self.last_report),
         }
-        self.store.save(self.progress.step, tensors, state)
+        save = self.store.save_later if self.settings.saves_later else self.store.save
+        save(self.progress.step, tensors, state)
+
+    def _stored_parts(self) -> tuple[Mapping[str, Any], Mapping[str, Any], dict[str, Any]]:
+        """Weights and optimizer tensors by name, as far as they lie here, and the rest of the optimizer's state."""
+        if is_cut(self.model):
+            return model_parts(self.model), *optimizer_parts(self.optimizer)
+        return self.model.state_dict(), *pack_optimizer_state(self.optimizer)
 
     def resume(self, *, allow_identity_change: bool) -> int:
         """Continue from the newest checkpoint that verifies; returns its step, 0 when there is none.
@@ -344,13 +367,13 @@ class Trainer:
         if checkpoint is None:
             return 0
         self._check_identity(checkpoint, allow_identity_change=allow_identity_change)
-        groups: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "rng": {}}
-        for name, value in checkpoint.tensors.items():
-            group, _, key = name.partition(".")
-            groups[group][key] = value
-        self.model.load_state_dict(groups["model"], strict=True)
-        unpack_optimizer_state(self.optimizer, groups["optimizer"], checkpoint.state["optimizer"])
-        restore_rng_state(groups["rng"], checkpoint.state["rng"])
+        if is_cut(self.model):
+            load_model_parts(self.model, checkpoint, "model.")
+            load_optimizer_parts(self.optimizer, checkpoint, "optimizer.", checkpoint.state["optimizer"])
+        else:
+            self.model.load_state_dict(_below("model.", checkpoint), strict=True)
+            unpack_optimizer_state(self.optimizer, _below("optimizer.", checkpoint), checkpoint.state["optimizer"])
+        restore_rng_state(_below("rng.", checkpoint), checkpoint.state["rng"])
         self.stream.load_state_dict(checkpoint.state["stream"])
         self.objective.load_state_dict(checkpoint.state["objective"])
         self.progress = Progress(**checkpoint.state["progress"])
@@ -366,3 +389,10 @@ class Trainer:
                 f"the run was begun with another set-up ({'; '.join(changed)}), so it cannot be continued bit by bit. "
                 "Continue anyway with resume.allow_device_change=true, or start fresh with skip_recovery=true."
             )
+
+
+def _below(prefix: str, checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {
+        name.removeprefix(prefix): checkpoint.tensors[name] for name in checkpoint.tensors if name.startswith(prefix)
+    }

@@ -5,7 +5,8 @@ and renamed; so a folder without a temporary mark is complete, or rotten, or hal
 `latest` pointer: the newest folder that verifies *is* the latest, and a pointer could only disagree. Nothing is
 pickled, since unpickling a file runs whatever it contains.
 
-Not here: what belongs into a checkpoint (the trainer knows), and sharded states of several ranks.
+Not here: what belongs into a checkpoint (the trainer knows), and how several processes write one
+(`sharded_checkpoint`; reading it needs no more than what is here).
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import logging
 import math
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +69,8 @@ logger = logging.getLogger(__name__)
 
 _TENSORS = "tensors.safetensors"
 _STATE = "state.json"
+PARTS = "parts.json"
+"""Which process's file holds which part of a tensor; there where several wrote the checkpoint."""
 _FOLDER_NAME = re.compile(r"step_(\d{8,})(?:_r(\d+))?")
 _LEAST_KEPT = 2
 
@@ -105,15 +109,118 @@ class TensorFile(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._names)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, which is not read."""
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """The stretch `start` to `stop` of one dimension; no more than that is read."""
+        # An empty slice cannot be asked of the library.
+        end = max(stop, start + 1) if start < self.shape(name)[dim] else stop
+        start_read = min(start, max(end - 1, 0))
+        index = (slice(None),) * dim + (slice(start_read, end),)
+        return self._file.get_slice(name)[index].narrow(dim, start - start_read, stop - start).clone()
+
+
+class PartedTensors(Mapping[str, Tensor]):
+    """Tensors of a checkpoint that several processes wrote, each in a file of its own; read as they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        record = json.loads((folder / PARTS).read_bytes())
+        self._files: list[TensorFile] = [TensorFile(folder / name) for name in record["files"]]
+        self._tensors: dict[str, Any] = record["tensors"]
+
+    def __getitem__(self, name: str) -> Tensor:
+        entry = self._tensors[name]
+        at: list[tuple[int, int, int]] = entry["at"]
+        pieces = [self._files[file][name] for file, _, _ in at]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=entry["dim"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._tensors))
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a whole tensor."""
+        return tuple(self._tensors[name]["shape"])
+
+    def part(self, name: str, dim: int, start: int, stop: int) -> Tensor:
+        """The stretch `start` to `stop` of one dimension; of the dimension that was cut no more than that is read."""
+        entry = self._tensors[name]
+        at: list[tuple[int, int, int]] = entry["at"]
+        if dim != entry["dim"]:
+            return self[name].narrow(dim, start, stop - start).clone()
+        pieces = [
+            self._files[file].part(name, dim, max(start, first) - first, min(stop, first + size) - first)
+            for file, first, size in at
+            if max(start, first) < min(stop, first + size)
+        ]
+        if not pieces:
+            return self._files[at[0][0]].part(name, dim, 0, 0)
+        return torch.cat(pieces, dim=dim)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint."""
 
     step: int
-    tensors: Mapping[str, Tensor]
+    tensors: TensorFile | PartedTensors
+    """A mapping from names to whole tensors; `part` reads a stretch of one."""
     state: dict[str, Any]
     path: Path
+
+
+@dataclass(frozen=True)
+class PendingCheckpoint:
+    """A checkpoint whose files are being written."""
+
+    step: int
+    folder: Path
+    """Temporary."""
+    final: Path
+
+    def abandon(self) -> None:
+        """Leave nothing of it behind."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class BackgroundSave:
+    """One save at a time in a thread; its failure comes out where it is waited for."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def start(self, save: Callable[[], object]) -> None:
+        """Wait for the one before, then run `save` beside the caller."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                save()
+            except BaseException as error:  # noqa: BLE001 - raised again in `wait`
+                self._error = error
+
+        # No daemon: a process that ends in good order ends with its checkpoint written.
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being saved; raises what the save raised."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def copy_to_cpu(tensor: Tensor) -> Tensor:
+    """A copy on the CPU that later updates do not reach."""
+    return tensor.detach().cpu() if tensor.device.type != "cpu" else tensor.detach().clone()
 
 
 class CheckpointStore:
@@ -139,6 +246,7 @@ class CheckpointStore:
         self._on_corrupt = on_corrupt
         self._on_saved = on_saved
         self._corrupt: set[Path] = set()
+        self.background = BackgroundSave()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
         """Write a checkpoint, verify what the disk holds, prune older ones, and return its folder.
@@ -149,27 +257,60 @@ class CheckpointStore:
             StorageError: when the disk is full or refuses; says the size needed and the size free.
             CheckpointError: when the disk holds something else than was written.
         """
-        require_string_keys(state, "state")
-        encoded = json.dumps(state).encode()
-        size = len(encoded) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        pending = self.begin(step, size)
+        try:
+            with explained(pending.final, needed=size):
+                digests = {_TENSORS: write_tensors(pending.folder / _TENSORS, tensors)}
+            return self.commit(pending, digests, state)
+        except BaseException:
+            pending.abandon()
+            raise
+
+    def save_later(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Copy everything and return; a thread saves the copy. An earlier save is waited for first.
+
+        Raises:
+            StorageError, CheckpointError: as `save`, of the earlier one.
+        """
+        copied = {name: copy_to_cpu(tensor) for name, tensor in tensors.items()}
+        frozen = json.loads(json.dumps(state))
+        self.background.start(lambda: self.save(step, copied, frozen))
+
+    def wait(self) -> None:
+        """Until what `save_later` began is on the disk.
+
+        Raises:
+            StorageError, CheckpointError: as `save`.
+        """
+        self.background.wait()
+
+    def begin(self, step: int, size: int) -> "PendingCheckpoint":
+        """A folder to write the tensor files of a checkpoint into; `size` is all their bytes."""
         check_space(self.folder, size)
         final = self._free_name(step)
-        temporary = temporary_folder(final)
-        try:
-            with explained(final, needed=size):
-                digests = {_TENSORS: write_tensors(temporary / _TENSORS, tensors)}
-                write_durably(temporary / _STATE, encoded)
-            digests[_STATE] = hashlib.sha256(encoded).hexdigest()
-            write_manifest(temporary, {"step": step}, digests=digests)
-            commit_folder(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        verify_manifest(final)
-        self._prune(final)
+        return PendingCheckpoint(step, temporary_folder(final), final)
+
+    def commit(self, pending: "PendingCheckpoint", digests: Mapping[str, str], state: Mapping[str, Any]) -> Path:
+        """Add the state and the manifest, let the checkpoint appear, verify it, prune older ones; returns its folder.
+
+        Args:
+            pending: Its tensor files are complete.
+            digests: SHA-256 of the files, by name, of what was meant to be written.
+            state: The rest; JSON.
+        """
+        require_string_keys(state, "state")
+        encoded = json.dumps(state).encode()
+        with explained(pending.final, needed=len(encoded)):
+            write_durably(pending.folder / _STATE, encoded)
+        all_digests = {**digests, _STATE: hashlib.sha256(encoded).hexdigest()}
+        write_manifest(pending.folder, {"step": pending.step}, digests=all_digests)
+        commit_folder(pending.folder, pending.final)
+        verify_manifest(pending.final)
+        self._prune(pending.final)
         if self._on_saved is not None:
-            self._on_saved(final)
-        return final
+            self._on_saved(pending.final)
+        return pending.final
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint that verifies; None when there never was one.
@@ -329,4 +470,12 @@ def _load(folder: Path) -> Checkpoint:
     if name is None or manifest["step"] != int(name[1]):
         raise CheckpointError(f"{folder} holds step {manifest['step']}: it was renamed after it was saved")
     state = json.loads((folder / _STATE).read_bytes())
-    return Checkpoint(step=manifest["step"], tensors=TensorFile(folder / _TENSORS), state=state, path=folder)
+    tensors = PartedTensors(folder) if (folder / PARTS).is_file() else TensorFile(folder / _TENSORS)
+    return Checkpoint(step=manifest["step"], tensors=tensors, state=state, path=folder)
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """A checkpoint that another process has verified already."""
+    state = json.loads((folder / _STATE).read_bytes())
+    tensors = PartedTensors(folder) if (folder / PARTS).is_file() else TensorFile(folder / _TENSORS)
+    return Checkpoint(step=int(folder.name[5:13]), tensors=tensors, state=state, path=folder)

@@ -147,8 +147,17 @@ def largest_of_ranks(value: float) -> float:
     return float(largest)
 
 
-def decide_on_rank_zero(decide: Callable[[], Decision]) -> Decision:
-    """Call `decide` on rank 0 only and return its result on every rank.
+def gather_on_all(value: Decision, group: Any = None) -> list[Decision]:
+    """The values of all ranks, by rank; pickled, so small."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    torch.distributed.all_gather_object(values, value, group=group)
+    return values
+
+
+def decide_on_rank_zero(decide: Callable[[], Decision], group: Any = None) -> Decision:
+    """Call `decide` on rank 0 only and return its result on every rank; `group` is one of all ranks.
 
     When it raises, every rank raises: rank 0 its own error, the others the same if it is one of ours (so that all end
     with one exit code), else a `RuntimeError` that quotes it.
@@ -159,7 +168,7 @@ def decide_on_rank_zero(decide: Callable[[], Decision]) -> Decision:
         raise RuntimeError(f"WORLD_SIZE is {world_size()}, but the process group is not initialised yet")
     outcome: list[tuple[Decision | None, BaseException | None]] = [(None, None)]
     if not is_main():
-        torch.distributed.broadcast_object_list(outcome, src=0)
+        torch.distributed.broadcast_object_list(outcome, src=0, group=group)
         result, error = outcome[0]
         if error is not None:
             raise error
@@ -168,7 +177,7 @@ def decide_on_rank_zero(decide: Callable[[], Decision]) -> Decision:
         decision = decide()
     except BaseException as error:
         told = error if isinstance(error, WrinkleFreeError) else RuntimeError(f"rank 0 failed: {error!r}")
-        torch.distributed.broadcast_object_list([(None, told)], src=0)
+        torch.distributed.broadcast_object_list([(None, told)], src=0, group=group)
         raise
-    torch.distributed.broadcast_object_list([(decision, None)], src=0)
+    torch.distributed.broadcast_object_list([(decision, None)], src=0, group=group)
     return decision

@@ -37,10 +37,12 @@ INFRASTRUCTURE_KEYS = frozenset(
 
 INFRASTRUCTURE_PAIRS = frozenset(
     {
+        ("checkpoint", "asynchronous"),
         ("checkpoint", "keep_last_n"),
         ("checkpoint", "resume_from"),
         ("checkpoint", "save_interval"),
         # The same mathematics, watched or computed otherwise.
+        ("packing", "attention"),
         ("teacher", "offload"),
         ("training", "activation_checkpointing"),
         ("training", "evaluation"),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from wrinklefree.utils.distributed import world_size
 from wrinklefree.utils.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def rng_state() -> PackedState:
     kind, keys, position, has_gauss, gauss = cast(
         "tuple[str, Any, int, int, float]", numpy.random.get_state(legacy=True)
     )
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    devices = [torch.cuda.get_rng_state(device) for device in _cuda_devices()]
     tensors, packed = pack(
         {
             "python": random.getstate(),
@@ -130,16 +131,23 @@ def restore_rng_state(tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -
     kind, keys, position, has_gauss, gauss = saved["numpy"]
     numpy.random.set_state((kind, keys.numpy().astype("uint32"), position, has_gauss, gauss))
     torch.set_rng_state(saved["torch"])
-    devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if devices != len(saved["cuda"]):
+    devices = _cuda_devices()
+    if len(devices) != len(saved["cuda"]):
         logger.warning(
             "the checkpoint holds random states of %d CUDA devices, this machine has %d: the run continues with other "
             "random numbers on them",
             len(saved["cuda"]),
-            devices,
+            len(devices),
         )
-    for index, device_state in enumerate(saved["cuda"][:devices]):
-        torch.cuda.set_rng_state(device_state, index)
+    for device, device_state in zip(devices, saved["cuda"], strict=False):
+        torch.cuda.set_rng_state(device_state, device)
+
+
+def _cuda_devices() -> list[int]:
+    """All devices, or this process's own where several share a machine's: to ask for another's would occupy it."""
+    if not torch.cuda.is_available():
+        return []
+    return list(range(torch.cuda.device_count())) if world_size() == 1 else [torch.cuda.current_device()]
 
 
 def require_string_keys(node: Any, path: str) -> None:
