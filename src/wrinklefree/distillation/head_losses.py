@@ -14,8 +14,9 @@ counting would stall the device, all rows are kept and masked.
 Shapes: N rows, D hidden size, V vocabulary, C rows of a chunk.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,19 +31,54 @@ DEFAULT_CHUNK_BYTES = 256 * 2**20
 """For every other device: accelerators need larger blocks to be busy."""
 
 
+ReadRows = Callable[[slice], Tensor]
+"""Rows of a chunk -> the teacher's log-probabilities at the temperature, float32 [C, V], for the caller to consume."""
+
+
+class Targets(Protocol):
+    """What the logit KL compares the student with; nothing of it gets a gradient."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[N] boolean: rows that the KL counts."""
+        ...
+
+    @property
+    def temperature(self) -> float:
+        """Divides the logits of both."""
+        ...
+
+    @property
+    def t_squared(self) -> bool:
+        """Multiply the KL by temperature squared."""
+        ...
+
+    def reader(self, dtype: torch.dtype) -> ReadRows:
+        """Reads a chunk; products use `dtype`. Called under `no_grad`, without autocast."""
+        ...
+
+
 @dataclass(frozen=True)
 class SoftTargets:
-    """What the logit KL compares the student with."""
+    """A teacher that ran beside the student: its logits are made a chunk at a time."""
 
     hidden: Tensor
     """Teacher's final hidden states [N, D]; D may differ from the student's."""
     head: Tensor
     """Teacher's head [V, D]."""
     rows: Tensor
-    """[N] boolean: rows that the KL counts."""
     temperature: float
     t_squared: bool
-    """Multiply the KL by temperature squared."""
+
+    def reader(self, dtype: torch.dtype) -> ReadRows:
+        """See `Targets`."""
+        hidden, weight = self.hidden.detach(), self.head.detach().to(dtype)
+
+        def read(part: slice) -> Tensor:
+            logits = (hidden[part].to(dtype) @ weight.T).float()
+            return functional.log_softmax(logits.div_(self.temperature), dim=-1)
+
+        return read
 
 
 @dataclass(frozen=True)
@@ -80,7 +116,7 @@ def head_losses(
     head_VD: Tensor,
     labels_N: Tensor | None,
     *,
-    soft: SoftTargets | None = None,
+    soft: Targets | None = None,
     cross_entropy_factor: float = 0.0,
     divergence_factor: float = 0.0,
     chunk_rows: int | None = None,
@@ -109,8 +145,7 @@ def head_losses(
         t_squared=soft.t_squared if soft else False,
         gradients=torch.is_grad_enabled(),
     )
-    teacher = (soft.hidden.detach(), soft.head.detach(), soft.rows) if soft else (None, None, None)
-    total, cross_entropy, divergence = _HeadLosses.apply(hidden_ND, head_VD, labels_N, *teacher, spec)
+    total, cross_entropy, divergence = _HeadLosses.apply(hidden_ND, head_VD, labels_N, soft, spec)
     return HeadLosses(total, cross_entropy.detach(), divergence.detach())
 
 
@@ -132,9 +167,7 @@ class _HeadLosses(torch.autograd.Function):
         hidden: Tensor,
         head: Tensor,
         labels: Tensor | None,
-        teacher_hidden: Tensor | None,
-        teacher_head: Tensor | None,
-        soft_rows: Tensor | None,
+        soft: Targets | None,
         spec: _Spec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         hidden_needs, head_needs = (spec.gradients and needs for needs in ctx.needs_input_grad[:2])
@@ -143,7 +176,7 @@ class _HeadLosses(torch.autograd.Function):
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.to(spec.dtype)
-            teacher_weight = None if teacher_head is None else teacher_head.to(spec.dtype)
+            read = None if soft is None else soft.reader(spec.dtype)
             for start in range(0, hidden.shape[0], spec.rows):
                 part = slice(start, start + spec.rows)
                 states = hidden[part].to(spec.dtype)
@@ -152,9 +185,8 @@ class _HeadLosses(torch.autograd.Function):
                 if labels is not None:
                     value, gradient = _cross_entropy_chunk(logits, labels[part], spec)
                     sums[0] += value
-                if teacher_hidden is not None and teacher_weight is not None and soft_rows is not None:
-                    teacher_logits = (teacher_hidden[part].to(spec.dtype) @ teacher_weight.T).float()
-                    value, soft_gradient = _divergence_chunk(logits, teacher_logits, soft_rows[part], spec)
+                if soft is not None and read is not None:
+                    value, soft_gradient = _divergence_chunk(logits, read(part), soft.rows[part], spec)
                     sums[1] += value
                     gradient = soft_gradient if gradient is None else gradient.add_(soft_gradient)
                 if gradient is None or not (hidden_needs or head_needs):
@@ -180,7 +212,7 @@ class _HeadLosses(torch.autograd.Function):
         # Scaled in place and given away: a copy of the head's gradient would be the step's second largest tensor.
         ctx.gradients = None
         scaled = tuple(g if g is None else g.mul_(grad_outputs[0].to(g.dtype)) for g in (grad_hidden, grad_head))
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None)
 
 
 def _cross_entropy_chunk(logits_CV: Tensor, labels_C: Tensor, spec: _Spec) -> tuple[Tensor, Tensor]:
@@ -195,14 +227,13 @@ def _cross_entropy_chunk(logits_CV: Tensor, labels_C: Tensor, spec: _Spec) -> tu
 
 
 def _divergence_chunk(
-    logits_CV: Tensor, teacher_logits_CV: Tensor, rows_C: Tensor, spec: _Spec
+    logits_CV: Tensor, log_teacher_CV: Tensor, rows_C: Tensor, spec: _Spec
 ) -> tuple[Tensor, Tensor]:
-    """Sum of KL(teacher || student) over the rows, and its gradient times the factor. Consumes both logits."""
+    """Sum of KL(teacher || student) over the rows, and its gradient times the factor. Consumes both inputs."""
     temperature = spec.temperature
     scale = temperature**2 if spec.t_squared else 1.0
     log_student = functional.log_softmax(logits_CV.div_(temperature), dim=-1)
-    log_teacher = functional.log_softmax(teacher_logits_CV.div_(temperature), dim=-1)
-    teacher = log_teacher.exp()
-    value = (log_teacher.sub_(log_student).mul_(teacher).sum(-1) * rows_C).sum() * scale
+    teacher = log_teacher_CV.exp()
+    value = (log_teacher_CV.sub_(log_student).mul_(teacher).sum(-1) * rows_C).sum() * scale
     row_factor = rows_C * (spec.divergence_factor * scale / temperature)
     return value, log_student.exp_().sub_(teacher).mul_(row_factor.unsqueeze(1))
