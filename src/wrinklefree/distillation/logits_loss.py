@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from wrinklefree.distillation.head_losses import SoftTargets, head_losses, select_rows
+from wrinklefree.distillation.head_losses import SoftTargets, Targets, head_losses, select_rows
 from wrinklefree.distillation.weighted_sum import CROSS_ENTROPY, TermValues, reciprocal, require_teacher
 from wrinklefree.models.records import IGNORE, Batch, ModelOutput, Wants
 
@@ -62,13 +62,26 @@ class LogitsDistillation:
         if rows is not None:
             labels_N, soft_N = labels_N[rows], soft_N[rows]
             hidden_ND, teacher_hidden_ND = hidden_ND.index_select(0, rows), teacher_hidden_ND.index_select(0, rows)
+        soft = SoftTargets(teacher_hidden_ND, teacher.head_weight, soft_N, self.temperature, self.t_squared)
+        return self._values(student, hidden_ND, labels_N, soft, counts, weights)
+
+    def _values(
+        self,
+        student: ModelOutput,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        soft: Targets,
+        counts: Mapping[str, float],
+        weights: Mapping[str, float],
+    ) -> TermValues:
+        """Losses of the chosen rows, each over its global count."""
         soft_share = reciprocal(counts[LOGITS])
         hard_share = reciprocal(counts[CROSS_ENTROPY]) if self.with_cross_entropy else 0.0
         losses = head_losses(
             hidden_ND,
             student.head_weight,
             labels_N if self.with_cross_entropy else None,
-            soft=SoftTargets(teacher_hidden_ND, teacher.head_weight, soft_N, self.temperature, self.t_squared),
+            soft=soft,
             cross_entropy_factor=weights[CROSS_ENTROPY] * hard_share if self.with_cross_entropy else 0.0,
             divergence_factor=weights[LOGITS] * soft_share,
         )

@@ -340,7 +340,7 @@ def head_workspace(workload: Workload) -> int:
     narrow = c if c == 2 else 0
     # A chunk's names stay bound while the next one's tensors are made.
     if soft:
-        chunk, folding = 24 + (4 if several else 0), 12 + c
+        chunk, folding = 20 + (4 if several else 0), 8 + c
     else:
         chunk, folding = 12 if several else 8 + narrow, 4 + c
     table = vocabulary * hidden
@@ -370,7 +370,8 @@ def _teacher_bytes(workload: Workload) -> tuple[int, int, int]:
         return 0, 0, 0
     a = workload.architecture
     parameters = count_parameters(a, None)
-    weights = _share(4 * parameters.total, workload)
+    on_device = workload.teacher == "resident" or workload.shards == 1
+    weights = _share(4 * parameters.total, workload) if on_device else 0
     if workload.shards > 1:
         weights += workload.gathered_blocks * workload.compute_bytes * parameters.block + 4 * parameters.table
     token = 4 * a.hidden_size
