@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "study": study_main,
         "prepare": prepare_main,
         "inspect": inspect_main,
+        "cache": cache_main,
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
         from wrinklefree.cli_help import command_help
@@ -274,6 +275,29 @@ def inspect_main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return _guarded(inspect)
+
+
+def cache_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/cache_teacher.py`; returns the exit code."""
+    parser = _parser("cache_teacher.py", "Run stage 3's teacher once over a task and keep its largest logits.")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="the cache to write")
+    parser.add_argument("--top-k", type=int, default=64, metavar="K", help="logits kept of each position (default: 64)")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="those of the stage 3 run: model=... data.task=sst2"
+    )
+
+    def cache() -> int:
+        options = parser.parse_args(argv)
+        from wrinklefree.composition import compose
+
+        set_up_logging()
+        config, _ = compose(["training=stage3_distill", *options.overrides])
+        from wrinklefree.training.cache_command import run_cache
+
+        _show(run_cache(config, Path(options.output), options.top_k))
+        return 0
+
+    return _guarded(cache)
 
 
 def refuse_unavailable(configuration: object) -> None:

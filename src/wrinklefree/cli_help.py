@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "score a checkpoint, or compare two (scripts/run_evaluation.py)",
     "prepare": "filter, deduplicate and tokenize text once (scripts/prepare_data.py)",
     "inspect": "show packed rows as text (scripts/inspect_data.py)",
+    "cache": "keep a teacher's largest logits for stage 3 (scripts/cache_teacher.py)",
     "study": "run, resume or report a study of many arms (scripts/run_study.py)",
 }
 

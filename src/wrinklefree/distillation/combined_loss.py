@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from wrinklefree.distillation.attention_loss import ATTENTION, AttentionRelations, Form, Mask, typical_magnitude
+from wrinklefree.distillation.cached_logits_loss import CachedLogitsDistillation
 from wrinklefree.distillation.config import AttentionConfig, DistillationConfig, LayerwiseConfig
 from wrinklefree.distillation.cross_entropy import CrossEntropy
 from wrinklefree.distillation.layerwise_loss import HIDDEN_STATES, MEAN_COSINE, LayerwiseDistillation, layer_weights
 from wrinklefree.distillation.logits_loss import LOGITS, LogitsDistillation
+from wrinklefree.distillation.teacher_cache import TeacherCache
 from wrinklefree.distillation.weighted_sum import CROSS_ENTROPY, Term, WeightedSum
 from wrinklefree.models.config import Architecture
 from wrinklefree.utils.errors import ConfigError
@@ -81,6 +83,21 @@ def layerwise_objective(config: LayerwiseConfig, architecture: Architecture) -> 
     return WeightedSum(
         [alignment, CrossEntropy()], {HIDDEN_STATES: 1.0, MEAN_COSINE: 0.0, CROSS_ENTROPY: config.lm_loss_weight}
     )
+
+
+def cached_stage3_objective(config: DistillationConfig, architecture: Architecture, cache: TeacherCache) -> WeightedSum:
+    """Stage 3 with the teacher's logits from a cache: equation 13 without the relations.
+
+    Raises:
+        ConfigError: The cache's vocabulary is another one.
+    """
+    if cache.identity.vocabulary != architecture.vocab_size:
+        raise ConfigError(
+            f"{cache.folder} holds logits of {cache.identity.vocabulary} entries, the student's vocabulary has "
+            f"{architecture.vocab_size}; make a cache for this model"
+        )
+    term = CachedLogitsDistillation(cache, t_squared=resolve_form(config).t_squared, with_cross_entropy=True)
+    return WeightedSum([term], {CROSS_ENTROPY: 1.0, LOGITS: config.lambda_logits})
 
 
 def stage3_objective(

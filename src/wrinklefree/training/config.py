@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from wrinklefree.data.config import DataConfig, PackingConfig
+from wrinklefree.data.config import DataConfig, FinetuneData, PackingConfig
 from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
 from wrinklefree.models.config import Gain, ModelConfig, Placement
 from wrinklefree.training.device_kinds import DeviceName
@@ -154,6 +154,8 @@ class TeacherConfig(Config):
     """auto: this model's and task's fp_sft artifact, else the base model with a warning; `base`; or a path."""
     offload: bool = False
     """Keep the teacher on the CPU between steps."""
+    cache: str | None = None
+    """Folder that `scripts/cache_teacher.py` wrote: its logits take the place of the teacher's forward pass."""
 
 
 class Stage3Config(StageConfig):
@@ -328,3 +330,24 @@ class RunConfig(Config):
     """Run although the estimate on this machine is above 24 hours."""
     skip_recovery: bool = False
     """Start fresh: neither skip a completed run nor resume an interrupted one."""
+
+    @model_validator(mode="after")
+    def _cache_serves_the_losses(self) -> "RunConfig":
+        if not isinstance(self.training, Stage3Config) or self.training.teacher.cache is None:
+            return self
+        if self.distillation.gamma_attention != 0:
+            raise ValueError(
+                f"training.teacher.cache holds logits, and distillation.gamma_attention={self.distillation.gamma_attention} "
+                "compares Q, K and V states: set distillation.gamma_attention=0, or training.teacher.cache=null"
+            )
+        if self.distillation.lambda_logits == 0:
+            raise ValueError(
+                "training.teacher.cache is given, and distillation.lambda_logits=0 needs no teacher: set "
+                "training.teacher.cache=null, or distillation.lambda_logits=10"
+            )
+        if isinstance(self.data, FinetuneData) and self.data.replay is not None:
+            raise ValueError(
+                "training.teacher.cache holds a task's examples, and data.replay mixes other text in: set data.replay=null "
+                "data.replay_share=0, or training.teacher.cache=null"
+            )
+        return self

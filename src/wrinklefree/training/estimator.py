@@ -136,6 +136,8 @@ def workload_of(
     if isinstance(training, Stage3Config):
         if training.teacher.offload:
             teacher = "offloaded"
+        if training.teacher.cache is not None:
+            teacher = "cached"
         if not relations and not logits_kl:
             teacher = "none"
     checkpointing = "full" if training.activation_checkpointing else config.distributed.activation_checkpointing

@@ -12,6 +12,7 @@ import wrinklefree
 from wrinklefree.data.config import FinetuneData
 from wrinklefree.data.pretrain_dataset import data_fingerprint
 from wrinklefree.models.hf import identity
+from wrinklefree.training.cached_teacher import checked_digest
 from wrinklefree.training.config import PretrainConfig, RunConfig, Stage1Config, Stage3Config, StageConfig
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
 from wrinklefree.training.stage import Stage
@@ -166,6 +167,9 @@ def plan_stage(
     inputs = {"source": source.fingerprint, "data": data}
     if teacher is not None:
         inputs["teacher"] = teacher.fingerprint
+        cached = checked_digest(config, teacher=teacher.fingerprint, data=data)
+        if cached is not None:
+            inputs["teacher_cache"] = cached
     return StagePlan(
         config=config,
         tree=tree,

@@ -29,6 +29,7 @@ from wrinklefree.models.hf import load_pretrained
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.subln import set_subln_strength
 from wrinklefree.models.weights import Cut
+from wrinklefree.training.cached_teacher import cache_path
 from wrinklefree.training.callbacks import (
     Callback,
     DataWait,
@@ -349,7 +350,7 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
         logger.warning("rows of %d positions, and the model was made for %d", training.max_seq_length, longest)
     assert plan.stage.objective is not None
     teacher = teacher_architecture = None
-    if plan.teacher is not None:
+    if plan.teacher is not None and cache_path(config) is None:
         teacher, teacher_architecture = load_teacher(plan, plan.teacher, compute)
     stream = open_stream(config, tokenizer)
     rows, micro_batches = share_rows(stream, training)
