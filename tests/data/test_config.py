@@ -31,7 +31,7 @@ def test_shares_that_do_not_are_refused_unless_they_are_said_to_be_relative() ->
     ("others", "line"),
     [
         ({"shuffle_buffer": -1}, "shuffle_buffer: expected a number greater than or equal to 0, given -1"),
-        ({"lanes": 0}, "lanes: expected a number greater than or equal to 1, given 0"),
+        ({"num_workers": -1}, "num_workers: expected a number greater than or equal to 0, given -1"),
         ({"sources": []}, "sources: expected"),
     ],
 )

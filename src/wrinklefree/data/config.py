@@ -84,9 +84,6 @@ class PretrainData(Config):
     num_workers: int = Field(default=0, ge=0)
     """Processes a rank that tokenize ahead of training; 0: a thread, with the tokenizer's own parallelism. The order of
     documents does not depend on it."""
-    lanes: int | None = Field(default=None, ge=1)
-    """Streams that documents are dealt to; a process serves one or more. A run may continue on any number of processes
-    that divides it, with the same rows. null: one a process of the run's first start."""
 
     @model_validator(mode="after")
     def _weights_are_shares(self) -> "PretrainData":
@@ -132,6 +129,9 @@ class PackingConfig(Config):
     packer: Literal["concat", "best_fit"] = "concat"
     """concat: documents end to end, one cut where a row ends, no padding. best_fit: rows are filled from a block of documents
     so that only documents longer than a row are cut; a little padding. Examples of a task are never cut."""
+    attention: Literal["auto", "sdpa", "varlen", "flash", "flex"] = "auto"
+    """What keeps documents apart on a GPU. auto: torch's varlen or flash-attn, where it equals the masked kernel on the
+    device, else sdpa (the mask); flex only when asked for. On a CPU always sdpa."""
 
 
 class FilterConfig(Config):

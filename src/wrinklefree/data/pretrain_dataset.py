@@ -71,17 +71,20 @@ class HeldOut:
 
 def pretrain_stream(
     config: PretrainData, tokenizer: Tokenizer, *, batch_size: int, max_seq_length: int, packing: PackingConfig,
-    seed: int, rank: int = 0, world_size: int = 1,
+    seed: int, rank: int = 0, world_size: int = 1, lanes: int | None = None,
 ) -> TextStream:  # fmt: skip
     """An endless stream of packed text, in an order that depends on the seed and the number of lanes only.
+
+    With `world_size` processes each reads and tokenizes its own documents only; `lanes` (by default one a process, a
+    multiple of `world_size`) is how many processes the run may ever continue on.
 
     Raises:
         ConfigError: lanes that the processes cannot share.
         DataError: a source that is missing, damaged, empty, or tokenized by another tokenizer.
         NetworkError: a source that needs a network that is not there.
     """
-    if config.lanes is not None and config.lanes % world_size:
-        raise ConfigError(f"data.lanes={config.lanes} cannot be shared by {world_size} processes; give a multiple")
+    if lanes is not None and lanes % world_size:
+        raise ConfigError(f"{lanes} lanes of documents cannot be shared by {world_size} processes; give a multiple")
     for source in config.sources:
         if isinstance(source, TokensSource):
             check_tokenizer(source, tokenizer)
@@ -111,7 +114,7 @@ def pretrain_stream(
 
     return TextStream(
         make_lane,
-        lane_count=config.lanes or world_size,
+        lane_count=lanes or world_size,
         batch_size=batch_size,
         length=max_seq_length,
         pad_token_id=tokenizer.pad_token_id,
@@ -197,7 +200,7 @@ def _identities(config: DataConfig) -> Iterator[str]:
         if config.replay is not None:
             yield from _identities(config.replay)
         return
-    yield f"text {config.held_out_percent} {config.shuffle_buffer} {config.lanes}"
+    yield f"text {config.held_out_percent} {config.shuffle_buffer}"
     for source in config.sources:
         yield f"{source.kind} {source.weight} {source_fingerprint(source)}"
 

@@ -293,7 +293,7 @@ class TextStream:
         if self._lane_count % self._world_size:
             raise CheckpointError(
                 f"the documents are dealt to {self._lane_count} lanes, which {self._world_size} processes cannot share "
-                "evenly; use a number of processes that divides them, or begin a run with data.lanes=<a multiple>"
+                "evenly; use a number of processes that divides them, or begin the run anew with more lanes"
             )
         first = (self._row + self._rank) % self._world_size
         own = range(first, self._lane_count, self._world_size)

@@ -10,14 +10,16 @@ import math
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from wrinklefree.models.attention_backends import AttentionBackend, attend_by_blocks, attend_by_borders, block_mask
 from wrinklefree.models.bitlinear import make_linear, project
 from wrinklefree.models.config import Architecture, BitNetSpec
-from wrinklefree.models.records import QKV
+from wrinklefree.models.records import QKV, Borders
 from wrinklefree.models.subln import RMSNorm, subln_or_identity
 
 MIN_LENGTH_FOR_LOOP = 512
@@ -39,7 +41,7 @@ class Run:
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """How to keep documents apart: by nothing, by a loop over runs, or by a mask."""
+    """How to keep documents apart: by nothing, by a loop over runs, by a mask, or by a kernel that is told the borders."""
 
     mask: Tensor | None = None
     """Bool [B, 1, T, S], True where a query may look."""
@@ -47,6 +49,11 @@ class AttentionPlan:
     """Runs of every row, in order: attend run by run."""
     is_causal: bool = False
     """No mask, no runs: plain causal attention."""
+    borders: Borders | None = None
+    """For the kernels `varlen` and `flash`, of which `backend` is one."""
+    blocks: Any = None
+    """FlexAttention's block mask."""
+    backend: AttentionBackend = "sdpa"
 
 
 def document_mask(document_ids: Tensor, queries: int) -> Tensor:
@@ -74,13 +81,21 @@ def find_runs(document_ids: Tensor) -> tuple[tuple[Run, ...], ...]:
     return tuple(rows)
 
 
-def plan_attention(document_ids: Tensor, queries: int) -> AttentionPlan:
+def plan_attention(
+    document_ids: Tensor, queries: int, *, backend: AttentionBackend = "sdpa", borders: Borders | None = None
+) -> AttentionPlan:
     """The cheapest exact plan for the last `queries` positions of rows with these document ids [B, S].
+
+    A GPU's `backend` serves whole rows only; behind a cache the plan is a mask.
 
     On the CPU the ids are read: one document a row needs no mask, several in a long row are attended one by one. On a
     GPU reading them would wait for the device, and under torch.compile it would break the graph, so there the plan is
     always the mask.
     """
+    if backend == "flex" and queries == document_ids.shape[1]:
+        return AttentionPlan(blocks=block_mask(document_ids), backend=backend)
+    if backend in ("varlen", "flash") and borders is not None and queries == document_ids.shape[1]:
+        return AttentionPlan(borders=borders, backend=backend)
     if document_ids.device.type != "cpu" or torch.compiler.is_compiling():
         return AttentionPlan(mask=document_mask(document_ids, queries))
     length = document_ids.shape[1]
@@ -111,6 +126,10 @@ def _scaled_dot_product(
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Tensor:
     """Softmax attention: query [B, n, T, d], key and value [B, n_kv, S, d], result [B, n, T, d]."""
+    if plan.borders is not None:
+        return attend_by_borders(query, key, value, plan.borders, plan.backend)
+    if plan.blocks is not None:
+        return attend_by_blocks(query, key, value, plan.blocks)
     if plan.rows is None:
         return _scaled_dot_product(query, key, value, plan.mask, plan.is_causal)
     rows: list[Tensor] = []

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from wrinklefree.models.attention import Attention, AttentionPlan, KVCache, plan_attention, rotary_table
+from wrinklefree.models.attention_backends import AttentionBackend
 from wrinklefree.models.bitlinear import BitLinear, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.ffn import FeedForward
@@ -95,6 +96,8 @@ class CausalLM(nn.Module):
         self.architecture = architecture
         self.bitnet = bitnet
         self._checkpointing: Checkpointing = "off"
+        self.attention_backend: AttentionBackend = "sdpa"
+        """What keeps packed documents apart; see `choose_backend`."""
         self.model = Decoder(architecture, bitnet)
         self.lm_head: nn.Linear | None = None
         if not architecture.tie_word_embeddings:
@@ -155,7 +158,10 @@ class CausalLM(nn.Module):
         """
         table = rotary_table(self.architecture, batch.position_ids)
         document_ids = batch.document_ids if cache is None else cache.extend_documents(batch.document_ids)
-        plan = plan_attention(document_ids, queries=batch.input_ids.shape[1])
+        borders = batch.borders if cache is None and self.attention_backend in ("varlen", "flash") else None
+        plan = plan_attention(
+            document_ids, queries=batch.input_ids.shape[1], backend=self.attention_backend, borders=borders
+        )
         hidden = functional.embedding(batch.input_ids, self.model.embed_tokens.weight)
         hidden_states: dict[int, Tensor] = {}
         qkv: QKV | None = None

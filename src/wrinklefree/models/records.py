@@ -9,9 +9,32 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 IGNORE = -100
 """Label of a position that is not a target."""
+
+
+@dataclass(frozen=True)
+class Borders:
+    """Where documents begin in the positions of a batch, row after row; a row's end is a border too."""
+
+    cumulative: Tensor
+    """int32 [N + 1]: the first position of each of N documents (padding counts as one), and the number of positions."""
+    longest: int
+
+    def to(self, device: torch.device | str) -> "Borders":
+        """The same on another device."""
+        return Borders(self.cumulative.to(device, non_blocking=True), self.longest)
+
+
+def find_borders(document_ids: Tensor) -> Borders:
+    """Borders of rows [B, T]; waits for the device if they are on one."""
+    starts = (
+        functional.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True).flatten().nonzero().flatten()
+    )
+    cumulative = torch.cat((starts, starts.new_tensor([document_ids.numel()]))).to(torch.int32)
+    return Borders(cumulative, int(cumulative.diff().max()))
 
 
 @dataclass(frozen=True)
@@ -27,9 +50,11 @@ class Batch:
     """0 is padding; 1, 2, ... number the documents of a row. Attention never crosses a change."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on another device (asynchronous from pinned memory); it still knows its `num_targets`."""
+        """The same batch on another device (asynchronous from pinned memory); it still knows its targets and borders."""
         moved = replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
         moved.__dict__["num_targets"] = self.num_targets
+        if moved.input_ids.device != self.input_ids.device:
+            moved.__dict__["borders"] = self.borders.to(device)
         return moved
 
     def pinned(self) -> "Batch":
@@ -37,6 +62,11 @@ class Batch:
         pinned = replace(self, **{f.name: getattr(self, f.name).pin_memory() for f in fields(self)})
         pinned.__dict__["num_targets"] = self.num_targets
         return pinned
+
+    @cached_property
+    def borders(self) -> Borders:
+        """Where documents begin. Found once, on the CPU copy, as `num_targets` is."""
+        return find_borders(self.document_ids)
 
     @cached_property
     def num_targets(self) -> int:
