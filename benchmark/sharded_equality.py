@@ -19,6 +19,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,10 +41,13 @@ from wrinklefree.training.config import (
     WarmupConfig,
 )
 from wrinklefree.training.device import Compute
+from wrinklefree.training.muon import ShardedMuon
 from wrinklefree.training.optimizers import OptimizerType, build_optimizer
 from wrinklefree.training.rank_share import RankShare
 from wrinklefree.training.trainer import Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils.checkpoint import CheckpointStore
 from wrinklefree.utils.distributed import rank, world_size
+from wrinklefree.utils.sharded_checkpoint import SharedCheckpointStore
 
 ARCHITECTURE = Architecture(
     family="llama",
@@ -93,6 +97,8 @@ class Bed:
     save_interval: int = 1000
     asynchronous: bool = False
     learning_rate: float = 1e-2
+    iteration_dtype: torch.dtype = torch.float32
+    """Muon's; float64 where everything is."""
 
 
 @dataclass(frozen=True)
@@ -215,13 +221,25 @@ def build(bed: Bed) -> tuple[Trainer, Callable[[], None]]:
             save_interval=bed.save_interval,
             evaluation_interval=0,
             max_nonfinite_steps=2,
+            saves_later=bed.asynchronous,
         ),
         compute=compute,
         warm_start=WarmStart(start, start) if ternary else WarmStart(1.0, 1.0),
         teacher=None if teacher_model is None else Teacher(teacher_model),
+        store=None if bed.folder is None else open_store(Path(bed.folder)),
         refresh_weights=refresh,
     )
+    for part in getattr(trainer.optimizer, "parts", []):
+        if isinstance(part, ShardedMuon):
+            part._iteration_dtype = torch.float64 if bed.double else bed.iteration_dtype
     return trainer, trainer._refresh
+
+
+def open_store(folder: Path) -> CheckpointStore | SharedCheckpointStore:
+    """The checkpoints in a folder, for this group of processes."""
+    if world_size() == 1:
+        return CheckpointStore(folder, 100)
+    return SharedCheckpointStore(CheckpointStore(folder, 100) if rank() == 0 else None)
 
 
 def _objective(bed: Bed) -> Objective:
@@ -255,17 +273,22 @@ def _train(bed: Bed, with_gradients: bool) -> Outcome:
     if with_gradients:
         gradients = _first_gradients(trainer)
         trainer, _ = build(bed)
+    resumed = trainer.resume(allow_identity_change=False)
     losses, norms = [], []
-    for _ in range(bed.steps):
-        report = trainer.train_step()
+    while trainer.progress.step < bed.steps:
+        report = trainer.last_report = trainer.train_step()
         losses.append(report.loss)
         norms.append(report.grad_norm)
+        if trainer.progress.step % bed.save_interval == 0:
+            trainer.save()
+    if trainer.store is not None:
+        trainer.store.wait()
     if world_size() > 1:
         from wrinklefree.training.fsdp_wrapper import reshard
 
         reshard(trainer.model)
     weights = {name: whole(parameter).clone() for name, parameter in trainer.model.named_parameters()}
-    return Outcome(losses, norms, gradients, weights)
+    return Outcome(losses, norms, gradients, weights, {"resumed": resumed})
 
 
 def _first_gradients(trainer: Trainer) -> dict[str, Tensor]:

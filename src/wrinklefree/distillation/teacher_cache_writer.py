@@ -1,5 +1,6 @@
 """Writes a cache of teacher logits (`teacher_cache`), and measures what the truncation changes."""
 
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,16 +34,20 @@ class CacheErrors:
     bound: float = 0.0
     """|p - q~|_1 / 2 * (range of the teacher's logits) / T: of the error of a student's KL."""
 
-    def add(self, divergence: Tensor, distance: Tensor, tail: Tensor, bound: Tensor) -> None:
-        """Count some positions, one number each."""
-        if divergence.numel() == 0:
+    flat: float = 0.0
+    """KL(p || the uniform distribution), nats: what there is to know, for comparison."""
+
+    def add(self, errors: "PositionErrors") -> None:
+        """Count some positions."""
+        if errors.divergence.numel() == 0:
             return
-        self.positions += divergence.numel()
-        self.divergence += float(divergence.sum())
-        self.largest_divergence = max(self.largest_divergence, float(divergence.max()))
-        self.distance += float(distance.sum())
-        self.tail += float(tail.sum())
-        self.bound += float(bound.sum())
+        self.positions += errors.divergence.numel()
+        self.divergence += float(errors.divergence.sum())
+        self.largest_divergence = max(self.largest_divergence, float(errors.divergence.max()))
+        self.distance += float(errors.distance.sum())
+        self.tail += float(errors.tail.sum())
+        self.bound += float(errors.bound.sum())
+        self.flat += float(errors.flat.sum())
 
     def means(self) -> dict[str, float]:
         """What a user judges a cache by: means over positions, and the largest KL."""
@@ -53,6 +58,7 @@ class CacheErrors:
             "l1": self.distance / count,
             "tail": self.tail / count,
             "kl_error_bound": self.bound / count,
+            "uniform_kl": self.flat / count,
         }
 
 
@@ -116,7 +122,7 @@ class CacheWriter:
     def _store(self, logits_CV: Tensor) -> None:
         temperature = self._identity.temperature
         stored = truncate(logits_CV, self._identity.top_k, temperature)
-        self.errors.add(*truncation_errors(logits_CV, stored, temperature))
+        self.errors.add(truncation_errors(logits_CV, stored, temperature))
         with explained(self._temporary):
             self._files["ids"].write(stored.ids.cpu().numpy().astype("<i4").tobytes())
             self._files["differences"].write(stored.differences.cpu().view(torch.int16).numpy().astype("<i2").tobytes())
@@ -158,8 +164,19 @@ def truncate(logits_CV: Tensor, top_k: int, temperature: float) -> Stored:
     return Stored((top.values - largest).to(torch.bfloat16), top.indices.to(torch.int32), normalizers)
 
 
-def truncation_errors(logits_CV: Tensor, stored: Stored, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL(p || q~), |p - q~|_1, tail mass and bound of the KL's error, [C] each, with the values as they are stored."""
+@dataclass(frozen=True)
+class PositionErrors:
+    """One number a position, [C] each; meanings as in `CacheErrors`."""
+
+    divergence: Tensor
+    distance: Tensor
+    tail: Tensor
+    bound: Tensor
+    flat: Tensor
+
+
+def truncation_errors(logits_CV: Tensor, stored: Stored, temperature: float) -> PositionErrors:
+    """What is lost of each position, with the values as they are stored."""
     log_teacher = torch.log_softmax(logits_CV / temperature, dim=1)
     teacher = log_teacher.exp()
     cached = spread(stored.differences, stored.ids, stored.normalizers, logits_CV.shape[1], temperature)
@@ -167,4 +184,5 @@ def truncation_errors(logits_CV: Tensor, stored: Stored, temperature: float) -> 
     tail = 1.0 - teacher.gather(1, stored.ids.long()).sum(1)
     distance = (teacher - cached).abs().sum(1)
     bound = distance / 2 * (logits_CV.amax(1) - logits_CV.amin(1)) / temperature
-    return divergence, distance, tail, bound
+    flat = (teacher * log_teacher).sum(1) + math.log(logits_CV.shape[1])
+    return PositionErrors(divergence, distance, tail, bound, flat)

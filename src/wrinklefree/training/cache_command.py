@@ -100,7 +100,7 @@ def summary(cache: TeacherCache, identity: CacheIdentity) -> str:
         f"at temperature {temperature:g}, a position on average:",
         f"  mass outside the {identity.top_k} tokens   {errors['tail']:.4f} (kept as a sum, spread evenly)",
         f"  KL(teacher || cache)         {errors['kl']:.2e} nats, at most {errors['largest_kl']:.2e}: what a student that "
-        "matches the cache lacks",
+        f"matches the cache lacks, of {errors['uniform_kl']:.2e} that the teacher has over chance",
         f"  error of a student's KL      at most {errors['kl_error_bound']:.2e} nats (beside a constant), if its logits "
         "range as widely as the teacher's",
         f"  error of a logit's gradient  {errors['l1'] / temperature:.2e} summed over the vocabulary, "
