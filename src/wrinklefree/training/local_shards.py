@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from wrinklefree.models.shards import Rows, is_sharded, rows_here
+from wrinklefree.utils.distributed import world_size
 
 
 def local_parameter(parameter: Tensor) -> Tensor:
@@ -28,6 +29,11 @@ def local_parameter(parameter: Tensor) -> Tensor:
         cast("Any", local).first_row, cast("Any", local).whole_shape = rows.start, rows.shape
         owner.local_parameter = local
     return cast("Tensor", local)
+
+
+def is_part(parameter: Tensor) -> bool:
+    """Whether other processes hold the other rows of a local parameter (which may be none, or all, on this one)."""
+    return hasattr(parameter, "whole_shape") and world_size() > 1
 
 
 def rows_of_local(parameter: Tensor) -> Rows:

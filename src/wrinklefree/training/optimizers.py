@@ -15,11 +15,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from wrinklefree.training.apollo import Apollo
 from wrinklefree.training.config import OptimizerConfig
 from wrinklefree.training.local_shards import local_parameter
+from wrinklefree.training.muon import ShardedMuon
 from wrinklefree.utils.errors import ConfigError
 
 OptimizerType = Literal["adamw", "adamw_8bit", "muon", "apollo", "apollo_mini"]
@@ -81,12 +82,8 @@ def build_optimizer(
             return _adamw_8bit(_adamw_groups(model.parameters()), config, lr)
         case "muon":
             hidden, others = _split(model, type)
-            matrices: Optimizer = Muon(
-                [_group(hidden, decays=True)],
-                lr=lr,
-                weight_decay=config.weight_decay,
-                momentum=config.momentum,
-                adjust_lr_fn="match_rms_adamw",
+            matrices: Optimizer = ShardedMuon(
+                [_group(hidden, decays=True)], lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
             )
         case "apollo" | "apollo_mini":
             hidden, others = _split(model, type)
