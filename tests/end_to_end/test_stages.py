@@ -15,6 +15,8 @@ from wrinklefree.models.bitlinear import quantization_of
 from wrinklefree.models.gguf_weights import load_gguf_model
 from wrinklefree.models.records import Batch
 from wrinklefree.quantization.weight_quant import ternarize
+from wrinklefree.training import export
+from wrinklefree.utils.errors import EngineError
 
 SHORT = ["training.batch_size=4", "training.max_seq_length=64"]
 STEPS = ["training.gradient_accumulation_steps=1", "training.max_steps=3", "training.evaluation.max_tokens=500"]
@@ -136,7 +138,11 @@ def quoted(arguments: str) -> str:
 
 
 def test_the_pipeline_trains_every_arm_once(
-    overrides: list[str], corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    overrides: list[str],
+    corpus: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     caplog.set_level(logging.INFO)
     small = ["training.batch_size=4", "training.max_seq_length=64", "training.evaluation_tokens=500"]
@@ -172,6 +178,20 @@ def test_the_pipeline_trains_every_arm_once(
     run(*command)
     assert "the whole job is already complete" in caplog.text
     assert "step 1/" not in caplog.text
+
+    def no_engine(*_: object, **__: object) -> None:
+        raise EngineError("llama.cpp refuses the file")
+
+    # A report without its file is no complete job: what failed is tried again, and fails as loudly.
+    (outputs / "pipeline_tiny" / "report" / "model.gguf").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "open_engine", no_engine)
+        for _ in range(2):
+            assert train_main(list(command)) == EngineError.exit_code
+            record = json.loads((outputs / "pipeline_tiny" / "report" / "report.json").read_text())
+            assert record["export"] is None
+    run(*command)
+    assert json.loads((outputs / "pipeline_tiny" / "report" / "report.json").read_text())["export"] is not None
 
 
 def test_the_plan_of_the_whole_default_job_needs_nothing_to_be_trained(

@@ -13,6 +13,7 @@ The arms:
 """
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -149,8 +150,7 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
     whole = summary.is_file() and all(
         (step.artifact / MANIFEST).is_file() for plan in plans for step in plan.steps.values()
     )
-    exported = not config.training.export or (folder / GGUF).is_file()
-    if whole and exported and config.resume.skip_completed and not config.skip_recovery:
+    if whole and _is_exported(config, folder) and config.resume.skip_completed and not config.skip_recovery:
         point(final, last.artifact)
         point(pipeline_folder(config) / "report", folder)
         if config.training.export:
@@ -200,6 +200,15 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
     point(pipeline_folder(config) / "report", folder)
     if problem is not None:
         raise problem
+
+
+def _is_exported(config: RunConfig, folder: Path) -> bool:
+    """Whether the report tells of a file that is there: a file alone may be what a failed export left."""
+    assert isinstance(config.training, PipelineConfig)
+    if not config.training.export:
+        return True
+    record = json.loads((folder / "report.json").read_bytes())
+    return record.get("export") is not None and (folder / GGUF).is_file()
 
 
 def _export(config: RunConfig, artifact: Path, folder: Path, prompts: Sequence[str]) -> "Export":
