@@ -262,13 +262,14 @@ def attention_bytes(workload: Workload) -> int:
     query, key = _widths(a)
     on_cpu = workload.device_type == "cpu"
     several = workload.documents_a_row > 1
-    state = 4 if on_cpu and workload.length <= _FLOAT32_KEYS else c
+    looped = on_cpu and several and workload.length >= _ROW_LOOP_FROM
+    keys = workload.length / workload.documents_a_row if looped else workload.length
+    state = 4 if on_cpu and keys <= _FLOAT32_KEYS else c
     kept = state * (2 * query + 2 * key) + 4 * a.num_attention_heads
     if a.qk_norm:
         kept += _norm(query, input_is_new=True, workload=workload) + _norm(key, input_is_new=True, workload=workload)
     if on_cpu and several and workload.length < _ROW_LOOP_FROM:
         kept += 4 * workload.length  # the mask as numbers, made by each layer
-    looped = on_cpu and several and workload.length >= _ROW_LOOP_FROM
     return kept + _output_inputs(query, already_kept=not looped, workload=workload)
 
 
