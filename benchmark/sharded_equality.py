@@ -326,7 +326,7 @@ class Ranks:
             self._pipes.append(ours)
             self._processes.append(process)
 
-    def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *arguments: Any, timeout: float = 240.0) -> list[Any]:
         """Results of `function(*arguments)` by rank, in a group of `world` processes (none for 1).
 
         Raises:

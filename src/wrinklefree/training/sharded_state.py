@@ -101,7 +101,7 @@ class _Cuts:
 
     def is_private(self, name: str) -> bool:
         """Whether the tensor makes sense on this rank of this many only."""
-        return self._in_blocks and _STATE_NAME.fullmatch(name) is not None
+        return self._in_blocks and world_size() > 1 and name.startswith("optimizer/state/")
 
     def find(self, name: str) -> _Cut | None:
         """None: the tensor is whole on every rank."""
@@ -126,21 +126,27 @@ class _StatesHere(Mapping[str, Tensor]):
         if self._cuts.is_private(name):
             private = f"{self._prefix}{_private_name(name)}"
             if private not in tensors:
-                raise CheckpointError(
-                    f"{self._checkpoint.path} was not written by {world_size()} processes, and the state of 8-bit AdamW can "
-                    "be read by as many as wrote it only: use that number, or start afresh with skip_recovery=true"
-                )
+                raise self._written_by_others()
             return tensors[private]
         full = f"{self._prefix}{name}"
         if full not in tensors:
+            if any(other.startswith(f"{full}@") for other in tensors):
+                raise self._written_by_others()
             raise KeyError(name)
         cut = self._cuts.find(name)
         return tensors[full] if cut is None else tensors.part(full, cut.dim, cut.rows.start, cut.rows.stop)
 
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and (
-            self._cuts.is_private(name) or f"{self._prefix}{name}" in self._checkpoint.tensors
+    def _written_by_others(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._checkpoint.path} was not written by {world_size()} processes, and the state of 8-bit AdamW can be read "
+            "by as many as wrote it only: use that number, or start afresh with skip_recovery=true"
         )
+
+    def __contains__(self, name: object) -> bool:
+        if not isinstance(name, str):
+            return False
+        full, tensors = f"{self._prefix}{name}", self._checkpoint.tensors
+        return self._cuts.is_private(name) or full in tensors or any(n.startswith(f"{full}@") for n in tensors)
 
     def __iter__(self) -> Iterator[str]:
         return iter(name.removeprefix(self._prefix) for name in self._checkpoint.tensors)

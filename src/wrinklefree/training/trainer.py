@@ -41,7 +41,7 @@ from wrinklefree.utils.checkpoint import Checkpoint, CheckpointStore
 from wrinklefree.utils.distributed import largest_of_ranks, sum_over_ranks
 from wrinklefree.utils.errors import CheckpointError, NonFiniteError
 from wrinklefree.utils.sharded_checkpoint import SharedCheckpointStore
-from wrinklefree.utils.training_state import pack_optimizer_state, restore_rng_state, rng_state, unpack_optimizer_state
+from wrinklefree.utils.training_state import pack_optimizer_state, restore_rng_state, rng_state
 
 logger = logging.getLogger(__name__)
 
@@ -369,10 +369,9 @@ class Trainer:
         self._check_identity(checkpoint, allow_identity_change=allow_identity_change)
         if is_cut(self.model):
             load_model_parts(self.model, checkpoint, "model.")
-            load_optimizer_parts(self.optimizer, checkpoint, "optimizer.", checkpoint.state["optimizer"])
         else:
             self.model.load_state_dict(_below("model.", checkpoint), strict=True)
-            unpack_optimizer_state(self.optimizer, _below("optimizer.", checkpoint), checkpoint.state["optimizer"])
+        load_optimizer_parts(self.optimizer, checkpoint, "optimizer.", checkpoint.state["optimizer"])
         restore_rng_state(_below("rng.", checkpoint), checkpoint.state["rng"])
         self.stream.load_state_dict(checkpoint.state["stream"])
         self.objective.load_state_dict(checkpoint.state["objective"])
