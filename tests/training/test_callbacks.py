@@ -14,6 +14,7 @@ from torch import nn
 from wrinklefree.models.bitlinear import BitLinear
 from wrinklefree.training.callbacks import (
     Callback,
+    DataWait,
     LossPlot,
     MetricsFile,
     ProgressLine,
@@ -250,3 +251,25 @@ def test_a_callback_may_override_as_little_as_it_needs(tmp_path):
     counter.on_end(report(1))
     counter.close()
     assert counter.steps == 1
+
+
+class StreamStandIn:
+    seconds_waited = 5.0
+    padding_share = 0.125
+
+
+def test_waiting_for_data_is_a_share_of_the_step(tmp_path, caplog):
+    stream = StreamStandIn()
+    callback = DataWait(stream)
+    start(callback, tmp_path)
+    reports = [report(step, step_seconds=2.0, metrics={}) for step in (1, 2)]
+    for each, waited in zip(reports, (1.0, 0.1), strict=True):
+        stream.seconds_waited += waited
+        callback.on_step(each)
+    assert [each.metrics["data_wait_share"] for each in reports] == pytest.approx([0.5, 0.05])
+    assert reports[1].metrics["padding_share"] == 0.125
+    assert "waits 5% for data" in describe_step("stage2", reports[1])
+    assert "waits" not in describe_step("stage2", reports[0])
+    with caplog.at_level("INFO"):
+        callback.on_end(reports[1])
+    assert "steps waited 1.10 s (1.00 s of it for the first batch), 27.5% of their time; padding 12.50%" in caplog.text

@@ -110,7 +110,9 @@ class DataWait(Callback):
 
     def __init__(self, stream: WaitsForData) -> None:
         self._stream = stream
-        self._seen = self._first = 0.0
+        self._seen = 0.0
+        self._waits: list[float] = []
+        """Of the first step, which fills the pipeline and would hide whether the others wait, and of all others."""
         self._seconds = 0.0
 
     def on_start(self, run: RunInfo) -> None:
@@ -122,17 +124,19 @@ class DataWait(Callback):
         waited, self._seen = self._stream.seconds_waited - self._seen, self._stream.seconds_waited
         report.metrics[DATA_WAIT] = waited / report.step_seconds
         report.metrics["padding_share"] = self._stream.padding_share
-        if self._seconds == 0.0:
-            # The first step fills the pipeline; its wait would hide whether the others had any.
-            self._first = self._seen
+        if self._waits:
+            self._waits[1] += waited
+        else:
+            self._waits = [waited, 0.0]
         self._seconds += report.step_seconds
 
     def on_end(self, report: StepReport | None) -> None:
         """Say what data and packing cost."""
-        if report is not None and self._seconds:
+        if report is not None and self._waits:
+            first, others = self._waits
             logger.info(
                 "data: steps waited %.2f s (%.2f s of it for the first batch), %.1f%% of their time; padding %.2f%%",
-                self._seen, self._first, 100 * self._seen / self._seconds, 100 * self._stream.padding_share,
+                first + others, first, 100 * (first + others) / self._seconds, 100 * self._stream.padding_share,
             )  # fmt: skip
 
 
