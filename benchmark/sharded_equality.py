@@ -16,7 +16,7 @@ The processes are on this machine, over gloo. The beds and the process pool belo
 
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -265,6 +265,11 @@ def train(bed: Bed, with_gradients: bool = False) -> Outcome:
             return _train(bed, with_gradients)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def train_all(beds: Sequence[Bed], with_gradients: bool = False) -> list[Outcome]:
+    """`train` of each, one after the other."""
+    return [train(bed, with_gradients) for bed in beds]
 
 
 def _train(bed: Bed, with_gradients: bool) -> Outcome:
