@@ -5,6 +5,7 @@ What comes before (the context of a decode) is not counted.
 """
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -71,9 +72,8 @@ class Stock:
     """llama.cpp out of the package xllamacpp (AVX2), its server in this process."""
 
     def __init__(self, path: str, threads: int) -> None:
-        import xllamacpp
-
-        params: Any = xllamacpp.CommonParams()
+        xllamacpp: Any = importlib.import_module("xllamacpp")
+        params = xllamacpp.CommonParams()
         params.model.path = path
         params.verbosity = 1
         params.hostnames, params.port = ["127.0.0.1"], 0

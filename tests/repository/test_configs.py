@@ -69,7 +69,9 @@ def test_every_stage_decodes(model: str, training: str) -> None:
 @pytest.mark.parametrize("group", ["data", "distillation", "distributed", "experiment"])
 def test_every_option_of_every_other_group_decodes(group: str) -> None:
     for option in groups()[group]:
-        config, _ = compose([f"{group}={option}", "data.sources.0.path=x" if option in {"local", "tokens"} else "seed=1"])
+        config, _ = compose(
+            [f"{group}={option}", "data.sources.0.path=x" if option in {"local", "tokens"} else "seed=1"]
+        )
         if group != "experiment":
             assert getattr(config, group).name == option
 

@@ -226,9 +226,7 @@ def _cross_entropy_chunk(logits_CV: Tensor, labels_C: Tensor, spec: _Spec) -> tu
     return value, gradient.mul_((is_target * spec.cross_entropy_factor).unsqueeze(1))
 
 
-def _divergence_chunk(
-    logits_CV: Tensor, log_teacher_CV: Tensor, rows_C: Tensor, spec: _Spec
-) -> tuple[Tensor, Tensor]:
+def _divergence_chunk(logits_CV: Tensor, log_teacher_CV: Tensor, rows_C: Tensor, spec: _Spec) -> tuple[Tensor, Tensor]:
     """Sum of KL(teacher || student) over the rows, and its gradient times the factor. Consumes both inputs."""
     temperature = spec.temperature
     scale = temperature**2 if spec.t_squared else 1.0

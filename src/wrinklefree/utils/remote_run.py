@@ -115,8 +115,10 @@ class RemoteRun:
         self._mirror.drain(seconds)
 
     def close(self) -> None:
-        """Let the uploads finish for a moment (a machine that is taken away gives about half a minute), end them, and
-        give the lease back."""
+        """Let the uploads finish for a moment, end them, and give the lease back.
+
+        A machine that is taken away gives about half a minute.
+        """
         try:
             self._mirror.drain(LAST_SECONDS)
         except NetworkError as error:
