@@ -8,7 +8,7 @@ from wrinklefree.training.estimator import HEADROOM, Estimate, estimate_pipeline
 from wrinklefree.training.memory_advice import advise
 from wrinklefree.training.memory_model import PART_TITLES, PARTS
 
-_WIDTH = 26
+_WIDTH = 28
 
 
 def run_estimate(config: RunConfig, overrides: Sequence[str]) -> str:
