@@ -20,7 +20,8 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from wrinklefree.models.bitlinear import BitLinear
-from wrinklefree.quantization.weight_quant import ternarize
+from wrinklefree.models.shards import is_sharded, rows_here
+from wrinklefree.quantization.weight_quant import MIN_WEIGHT_SCALE, Ternary, round_to_codes, ternarize
 from wrinklefree.training.plots import Curve, Panel, draw_curves
 from wrinklefree.utils.storage import atomic_write, explained
 
@@ -363,7 +364,8 @@ class QuantizationTelemetry(Callback):
     `quantization/scale`: mean scale of the layers.
 
     Shares are of every k-th weight of a layer, at most `SAMPLE` of them; scales and codes are of the whole weight. One
-    transfer from the device each look.
+    transfer from the device each look. Of a sharded layer the first rank's rows are looked at: only that rank looks, so
+    nothing can be asked of the others.
     """
 
     SAMPLE = 65_536
@@ -390,12 +392,12 @@ class QuantizationTelemetry(Callback):
         before, self._codes = self._codes, []
         counts: list[Tensor] = []
         for index, layer in enumerate(self._layers):
-            ternary = ternarize(layer.weight)
-            stride = -(-layer.weight.numel() // self.SAMPLE)
+            weight, ternary = _ternary_here(layer)
+            stride = -(-weight.numel() // self.SAMPLE)
             # A copy, or the sample would keep all codes of the layer in memory.
             codes = ternary.codes.flatten()[::stride].clone()
             self._codes.append(codes)
-            ratio = layer.weight.detach().flatten()[::stride].float().abs() / ternary.scale
+            ratio = weight.flatten()[::stride].float().abs() / ternary.scale
             near = (ratio - 0.5).abs() <= self.HALF_WIDTH
             flips = (codes != before[index]).sum() if before else torch.zeros((), device=codes.device)
             counts.append(torch.stack([(codes == 0).sum().float(), near.sum().float(), flips.float(), ternary.scale]))
@@ -408,3 +410,14 @@ class QuantizationTelemetry(Callback):
             "quantization/flips": flips / sampled,
             "quantization/scale": scale / len(self._layers),
         }
+
+
+def _ternary_here(layer: BitLinear) -> tuple[Tensor, Ternary]:
+    """The weights of a layer that this process holds, and their codes."""
+    weight = rows_here(layer.weight).local
+    if not is_sharded(layer.weight):
+        return weight, ternarize(weight)
+    scale = layer.gathered_scale
+    if scale is None:  # of these rows only, until codes are gathered
+        scale = weight.abs().mean().clamp(min=MIN_WEIGHT_SCALE)
+    return weight, Ternary(round_to_codes(weight, scale), scale)
