@@ -40,6 +40,7 @@ from wrinklefree.training.memory_model import Workload, peak_of_run
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
 from wrinklefree.training.stages import STAGES
 from wrinklefree.training.trainer import Trainer, TrainerSettings, WarmStart
+from wrinklefree.utils.allocator import keep_large_buffers
 
 TOLERANCE = 0.10
 MIB = 2**20
@@ -119,8 +120,8 @@ class Outcome:
     allocated: int
     resident: int
     parameters: int
-    achieved_share: float
-    """Operations a second over those of a square matrix product."""
+    flops: float
+    """Operations for a second of this process's time, on one core."""
 
 
 class RandomRows:
@@ -221,6 +222,7 @@ def measure(case: Case) -> Outcome:
     config, _ = compose(list(case.overrides))
     workload = case_workload(case, config)
     estimate = peak_of_run(workload, warms_up=case.quantization_lambda < 1)
+    keep_large_buffers()  # as a run does
     warm_up = replace(case, overrides=(*case.overrides, *_SMALLEST))
     build_trainer(warm_up, compose(list(warm_up.overrides)).config).train_step()  # loads what any step needs
     gc.collect()
@@ -233,27 +235,14 @@ def measure(case: Case) -> Outcome:
     seconds = time.process_time() - started
     resident = _status_bytes("VmHWM") - before
     allocated = _allocated_peak(trainer)
-    rate = step_flops(workload) / seconds
     return Outcome(
         estimated=estimate.total,
         moment=estimate.moment,
         allocated=allocated,
         resident=resident,
         parameters=sum(parameter.numel() for parameter in trainer.model.parameters()),
-        achieved_share=rate / _matrix_rate(trainer.compute),
+        flops=step_flops(workload) / seconds,
     )
-
-
-def _matrix_rate(compute: Compute, size: int = 1024) -> float:
-    """Operations of square products for a second of this process's time: other work on the machine does not count."""
-    a = torch.randn(size, size, dtype=compute.dtype)
-    best = float("inf")
-    for _ in range(5):
-        started = time.process_time()
-        for _ in range(4):
-            torch.mm(a, a)
-        best = min(best, (time.process_time() - started) / 4)
-    return 2 * size**3 / best
 
 
 def _allocated_peak(trainer: Trainer) -> int:
@@ -295,13 +284,13 @@ def row(name: str, outcome: Outcome) -> str:
     return (
         f"| {name} | {outcome.parameters / 1e6:.1f} M | {outcome.estimated / MIB:.0f} | {outcome.allocated / MIB:.0f} | "
         f"{off:+.1%}{verdict} | {outcome.resident / MIB:.0f} | {resident:+.1%} | {outcome.moment} | "
-        f"{outcome.achieved_share:.0%} |"
+        f"{outcome.flops / 1e9:.0f} |"
     )
 
 
 HEADER = (
     "| case | parameters | estimated MiB | allocated MiB | estimate off | resident MiB | estimate off | peak at | "
-    "share of matrix rate |\n|---|---|---|---|---|---|---|---|---|"
+    "GFLOP/s |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 

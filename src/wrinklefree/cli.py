@@ -287,7 +287,7 @@ def cache_main(argv: Sequence[str] | None = None) -> int:
     )
 
     def cache() -> int:
-        options = parser.parse_args(argv)
+        options = parser.parse_intermixed_args(argv)
         from wrinklefree.composition import compose
 
         set_up_logging()
