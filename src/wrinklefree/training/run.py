@@ -230,7 +230,7 @@ def _run_opened(plan: StagePlan, opened: _Opened | None, started: float) -> Stag
     earlier = 0.0 if config.skip_recovery else _seconds_so_far(opened)
     mark("running")
     try:
-        with explain_out_of_memory(config):
+        with explain_out_of_memory(config), distributed.naming_lost_ranks():
             if plan.stage.objective is None:
                 tokens = distributed.decide_on_rank_zero(partial(_insert_subln, plan))
             else:

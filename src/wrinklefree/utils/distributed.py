@@ -8,6 +8,8 @@ it neither waits for the device nor stands in its queue. Alone, every function h
 """
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -93,9 +95,10 @@ def naming_lost_ranks() -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not _is_collective_failure(error):
+        if world_size() == 1 or not _is_collective_failure(error):
             raise
-        lost = _silent_ranks()
+        with _sparing_from_the_launcher():
+            lost = _silent_ranks()
         if lost is None:
             named = "rank 0 (it kept the group's store)"
         elif lost:
@@ -106,6 +109,19 @@ def naming_lost_ranks() -> Generator[None]:
             f"lost {named} of {world_size()}: killed, crashed, or silent for longer than distributed.timeout_minutes. "
             "Look at that process's last lines; the same command resumes from the newest checkpoint"
         ) from error
+
+
+@contextmanager
+def _sparing_from_the_launcher() -> Generator[None]:
+    """Hold back SIGTERM: a launcher sends it to all as soon as one is lost, and somebody must say what happened."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_collective_failure(error: RuntimeError) -> bool:
