@@ -1,6 +1,7 @@
 """What `--help` prints. Built from the YAML folders and the exit codes, so that it cannot promise what is not there."""
 
 from wrinklefree.composition import groups
+from wrinklefree.data.config import FilterConfig
 
 COMMANDS = {
     "train": "train a stage, or all of them (scripts/train.py)",
@@ -125,7 +126,7 @@ PREPARE_KEYS = {
     "data.num_workers=4": "processes that tokenize",
     "deduplicate=near": "none, exact (the default), or near too (MinHash; needs the extra dedup)",
     "near_threshold=0.8": "share of common phrases from which two documents are the same",
-    "filters.min_characters=200": "limits of the quality filters, null: off; docs/configuration_guide.md lists them",
+    "filters.NAME=LIMIT": "a quality filter's limit, see below; null: off",
     "max_documents=1000000": "read no more of each source",
     "max_tokens=1000000000": "write no more of each source",
     "held_out_documents=10000": "texts kept of each of validation and test",
@@ -166,6 +167,12 @@ def evaluate_help() -> str:
 
 def prepare_help() -> str:
     """Return the help of `scripts/prepare_data.py`."""
+    filters = {
+        f"filters.{name}={'null' if field.default is None else field.default}": " ".join(
+            (field.description or "").split()
+        )
+        for name, field in FilterConfig.model_fields.items()
+    }
     return "\n".join(
         [
             "usage: prepare_data.py output=FOLDER [KEY=VALUE ...]",
@@ -173,6 +180,7 @@ def prepare_help() -> str:
             "Filters, deduplicates and tokenizes text once, into memory-mapped shards that data=tokens reads.",
             "",
             *_table("keys", PREPARE_KEYS),
+            *_table("filters and their limits", filters),
         ]
     ).rstrip()
 

@@ -141,7 +141,9 @@ class FilterConfig(Config):
     """
 
     min_characters: int | None = Field(default=100, ge=1)
+    """Shortest document that is kept."""
     max_characters: int | None = Field(default=None, ge=1)
+    """Longest document that is kept."""
     max_symbol_share: float | None = Field(default=0.4, ge=0, le=1)
     """Punctuation and symbols, of the characters that are not white space."""
     max_digit_share: float | None = Field(default=0.3, ge=0, le=1)

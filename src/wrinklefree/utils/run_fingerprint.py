@@ -50,6 +50,7 @@ INFRASTRUCTURE_PAIRS = frozenset(
         # Paths of what the stage eats: `inputs` carries the fingerprints, and a path may move.
         ("model", "path"),
         ("sources", "path"),
+        ("sources", "verify"),
         ("teacher", "cache"),
         ("teacher", "source"),
         ("training", "init_from"),
