@@ -21,7 +21,7 @@ from wrinklefree.models.records import IGNORE, Batch
 from wrinklefree.models.subln import set_subln_strength
 from wrinklefree.serving import converter
 from wrinklefree.serving.converter import WEIGHT_TYPES, ConversionOptions, convert
-from wrinklefree.utils.errors import CheckpointError, ConfigError
+from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError
 from wrinklefree.utils.gguf import read_gguf
 from wrinklefree.utils.tokenizer import TextTokenizer
 
@@ -319,8 +319,8 @@ def test_tables_may_have_a_type_of_their_own(artifact_of: Callable[..., Artifact
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda model: set_quantization(model, 0.25), "quantization lambda 0.25 and SubLN strength 1,"),
-        (lambda model: set_subln_strength(model, 0.5), "quantization lambda 1 and SubLN strength 0.5,"),
+        (lambda model: set_quantization(model, 0.25), "quantization lambda 0.25 and SubLN strength 1, and"),
+        (lambda model: set_subln_strength(model, 0.5), "quantization lambda 1 and SubLN strength 0.5, and"),
     ],
 )
 def test_unfinished_warm_ups_are_refused(
@@ -400,3 +400,37 @@ def test_an_input_without_an_artifact_is_named(tmp_path: Path) -> None:
         convert(ConversionOptions(tmp_path / "absent", tmp_path / "plain"))
     with pytest.raises(CheckpointError, match="is no artifact"):
         read_artifact(tmp_path / "plain")
+
+
+def test_the_checkpoint_and_what_is_no_file_are_never_written_to(
+    artifact_of: Callable[..., Artifact], tmp_path: Path
+) -> None:
+    artifact = artifact_of(LLAMA, "output")
+    before = sorted(path.name for path in artifact.folder.iterdir())
+    for name in ("model.safetensors", "model.gguf", "inner/model.gguf"):
+        with pytest.raises(ConfigError, match="lies inside the checkpoint"):
+            convert(options(artifact, tmp_path, output=artifact.folder / name))
+    link = tmp_path / "link.gguf"
+    link.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="is a link or a device"):
+        convert(options(artifact, tmp_path, output=link))
+    assert link.is_symlink()
+    assert sorted(path.name for path in artifact.folder.iterdir()) == before
+
+
+def test_a_file_that_fails_its_check_never_gets_its_name(
+    artifact_of: Callable[..., Artifact], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifact = artifact_of(LLAMA, "output")
+    older = convert(options(artifact, tmp_path)).path
+    content = older.read_bytes()
+    (tmp_path / f"{older.name}.tmp-0123").write_bytes(b"what a killed conversion left")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise EngineError("llama.cpp refuses it")
+
+    monkeypatch.setattr("wrinklefree.serving.converter.verify", refuse)
+    with pytest.raises(EngineError):
+        convert(options(artifact, tmp_path))
+    assert older.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == [older.name]

@@ -21,8 +21,9 @@ from wrinklefree.models.generate import generate, left_pad
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.weights import assemble
 from wrinklefree.quantization.weight_quant import ternarize
-from wrinklefree.serving.hf_export import Export, export_hf, refuse_unfinished
+from wrinklefree.serving.hf_export import Export, export_hf
 from wrinklefree.serving.hf_layouts import LayoutName, LinearClass, Weights
+from wrinklefree.serving.refusals import refuse_unfinished
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.manifest import verify_manifest
 from wrinklefree.utils.tokenizer import SpecialTokens, TextTokenizer, train_tokenizer

@@ -133,6 +133,11 @@ def test_streams_are_events_that_end_with_done(server: Server) -> None:
     assert "usage" not in response.text
 
 
+def test_every_stream_has_the_same_headers(server: Server) -> None:
+    names = [sorted(post(server, {"prompt": "x", "stream": True, "max_tokens": 1}).headers.raw) for _ in range(5)]
+    assert [len(headers) for headers in names] == [len(names[0])] * 5
+
+
 @pytest.mark.parametrize(
     ("stop", "text"), [("ld!", "Hello, wör"), (["zzz", " wör"], "Hello,"), (["never"], TEXT), ("H", "")]
 )

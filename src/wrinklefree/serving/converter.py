@@ -5,6 +5,7 @@ final type directly. After writing, the file is read back and compared with the 
 fails is removed.
 """
 
+import glob
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,8 +33,10 @@ from wrinklefree.serving.gguf_architectures import (
 )
 from wrinklefree.serving.gguf_tokenizer import tokenizer_metadata
 from wrinklefree.serving.gguf_writer import MetadataValue, TensorPlan, write_gguf
+from wrinklefree.serving.refusals import refuse_inside, refuse_unfinished
 from wrinklefree.serving.verification import Verification, verify
-from wrinklefree.utils.errors import CheckpointError, ConfigError
+from wrinklefree.utils.errors import ConfigError
+from wrinklefree.utils.storage import TEMPORARY_MARK, explained, fsync_directory
 
 WEIGHT_TYPES = (*UPSTREAM_TERNARY, "I2_S", *DENSE)
 TABLE_TYPES = ("F16", "Q8_0", "BF16", "F32")
@@ -96,28 +99,31 @@ def convert(options: ConversionOptions) -> Conversion:
     Raises:
         ConfigError: the options contradict the model; the message names what blocks and the alternative.
         CheckpointError: the input is no artifact, is damaged, or has not finished its warm-ups; or the written file
-            does not hold what it should (it is removed then).
+            does not hold what it should; it never gets its name then.
         StorageError: the disk is full or refuses.
     """
     _check_options(options)
     artifact = read_artifact(options.input)
-    _check_finished(artifact)
+    _check_output(options.output, artifact.folder)
+    refuse_unfinished(artifact.bitnet, source=str(artifact.folder))
     plan = make_plan(artifact.architecture, artifact.bitnet, options)
     source = TensorSource(artifact.folder / WEIGHTS)
     tensors = list(plan.tensors(source))
     metadata = file_metadata(artifact, plan, options)
-    write_gguf(
-        options.output,
-        metadata,
-        [TensorPlan(tensor.stored, tensor.shape, tensor.type, tensor.produce) for tensor in tensors],
-    )
+    plans = [TensorPlan(tensor.stored, tensor.shape, tensor.type, tensor.produce) for tensor in tensors]
+    # The final name is for checked files only: an older file of that name stays until this one has passed.
+    unchecked = options.output.with_name(f"{options.output.name}{TEMPORARY_MARK}unchecked")
+    _remove_leftovers(options.output)
     verification = None
-    if options.verify:
-        try:
-            verification = verify(options.output, artifact, plan, source, run=options.run)
-        except CheckpointError:
-            options.output.unlink(missing_ok=True)
-            raise
+    try:
+        write_gguf(unchecked, metadata, plans)
+        if options.verify:
+            verification = verify(unchecked, artifact, plan, source, run=options.run)
+        with explained(options.output):
+            unchecked.replace(options.output)
+            fsync_directory(options.output.absolute().parent)
+    finally:
+        unchecked.unlink(missing_ok=True)
     return _summary(options, plan, source, tensors, verification)
 
 
@@ -199,16 +205,18 @@ def _check_options(options: ConversionOptions) -> None:
         raise ConfigError(f"{options.output} is a folder; --output names the file to write, for example model.gguf")
 
 
-def _check_finished(artifact: Artifact) -> None:
-    """Refuse a model that is not yet the function that a ternary file computes."""
-    bitnet = artifact.bitnet
-    if bitnet is None or (bitnet.quantization_lambda == 1.0 and bitnet.subln_strength == 1.0):
-        return
-    raise CheckpointError(
-        f"{artifact.folder} is at quantization lambda {bitnet.quantization_lambda:g} and SubLN strength "
-        f"{bitnet.subln_strength:g}, a file holds the model at 1 and 1; finish the warm-ups (training=stage2_pretrain, then "
-        "training=stage3_distill) and convert what those stages wrote"
-    )
+def _remove_leftovers(output: Path) -> None:
+    """Remove what killed conversions to the same name left: a large model's would fill the disk."""
+    if output.parent.is_dir():
+        for path in output.parent.glob(f"{glob.escape(output.name)}{TEMPORARY_MARK}*"):
+            path.unlink(missing_ok=True)
+
+
+def _check_output(output: Path, checkpoint: Path) -> None:
+    """Refuse to damage what is there: the checkpoint that is read, a device, or what a link leads to."""
+    if output.is_symlink() or (output.exists() and not output.is_file()):
+        raise ConfigError(f"{output} is a link or a device, not a file; give --output another name")
+    refuse_inside(output, checkpoint)
 
 
 def _type_and_padding(

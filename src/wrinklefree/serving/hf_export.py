@@ -18,7 +18,6 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wrinklefree.models.artifact import WEIGHTS, Artifact, read_artifact
-from wrinklefree.models.config import BitNetSpec
 from wrinklefree.models.weights import parameter_shapes
 from wrinklefree.quantization.weight_quant import ternarize
 from wrinklefree.serving import hf_modeling
@@ -35,6 +34,7 @@ from wrinklefree.serving.hf_layouts import (
 )
 from wrinklefree.serving.hf_tensors import unpack_row_blocks
 from wrinklefree.serving.model_card import figures_from_report, render_card
+from wrinklefree.serving.refusals import refuse_inside, refuse_unfinished
 from wrinklefree.utils.checkpoint import stream_tensors
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.manifest import MANIFEST, commit_folder, read_manifest, verify_manifest, write_manifest
@@ -101,6 +101,7 @@ def export_hf(
     plan = build_layout(name, artifact.architecture, artifact.bitnet, forms)
     final = Path(output).absolute()
     refuse_foreign_folder(final)
+    refuse_inside(final, artifact.folder)
     total = sum(stored.entry.size for stored in plan.tensors)
     check_space(final, total)
     temporary = temporary_folder(final)
@@ -142,20 +143,6 @@ def export_from_options(options: Namespace) -> Export:
         rest=types[options.embedding_type],
         linear_class=options.linear_class,
         figures=figures,
-    )
-
-
-def refuse_unfinished(bitnet: BitNetSpec | None, *, source: str) -> None:
-    """Refuse a model whose warm-ups have not reached 1: rounding it would change its function.
-
-    Raises:
-        CheckpointError: with both values.
-    """
-    if bitnet is None or (bitnet.quantization_lambda == 1.0 and bitnet.subln_strength == 1.0):
-        return
-    raise CheckpointError(
-        f"{source} is at lambda {bitnet.quantization_lambda:g} and SubLN strength {bitnet.subln_strength:g}, and an export "
-        "needs 1 and 1: train it on (training=stage2_pretrain or a later stage ends at 1), or pass a later stage's output"
     )
 
 

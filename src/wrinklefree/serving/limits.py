@@ -89,7 +89,8 @@ class Guard:
         async def counting_send(message: ASGIMessage) -> None:
             nonlocal counted
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", ()), *SECURITY_HEADERS]
+                # A new message: the application may send the same one again.
+                message = {**message, "headers": [*message.get("headers", ()), *SECURITY_HEADERS]}
                 if not counted:
                     counted = True
                     self._metrics.answered(scope["method"], scope["path"], message["status"])
