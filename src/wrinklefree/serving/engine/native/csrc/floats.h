@@ -30,7 +30,7 @@ INLINE float SET(total)(const VEC *parts) {
     return lanes[0];
 }
 
-/* e^x to two units in the last place for -87 <= x <= 88, beyond clamped (Cody-Waite reduction, Taylor to degree 6). */
+/* e^x to about a unit in the last place for -87 <= x <= 88, beyond clamped (Cody-Waite reduction, Taylor to degree 7). */
 INLINE VEC SET(exponential)(VEC x) {
     x = SET(choose)(x > 88.0f, SET(splat)(88.0f), x);
     x = SET(choose)(x < -87.0f, SET(splat)(-87.0f), x);
@@ -39,7 +39,8 @@ INLINE VEC SET(exponential)(VEC x) {
     VEC n = shifted - magic;
     VEC r = vec_fma(n, SET(splat)(-0.693145751953125f), x);
     r = vec_fma(n, SET(splat)(-1.42860677e-6f), r);
-    VEC y = SET(splat)(1.0f / 720);
+    VEC y = SET(splat)(1.0f / 5040);
+    y = vec_fma(y, r, SET(splat)(1.0f / 720));
     y = vec_fma(y, r, SET(splat)(1.0f / 120));
     y = vec_fma(y, r, SET(splat)(1.0f / 24));
     y = vec_fma(y, r, SET(splat)(1.0f / 6));
