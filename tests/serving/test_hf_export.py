@@ -344,6 +344,8 @@ def test_an_earlier_export_is_replaced_and_nothing_else(tmp_path: Path) -> None:
     export_hf(artifact.folder, out, weights="packed")
     export_hf(artifact.folder, out, weights="f32")
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+    with pytest.raises(ConfigError, match="lies inside the checkpoint"):
+        export_hf(artifact.folder, artifact.folder / "hf")
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match=r"holds other files \(notes.txt"):
         export_hf(artifact.folder, out)

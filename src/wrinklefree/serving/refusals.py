@@ -27,10 +27,7 @@ def refuse_inside(output: Path, checkpoint: Path) -> None:
     Raises:
         ConfigError: naming both, and another place.
     """
-    if (
-        output.absolute().parent.resolve().is_relative_to(checkpoint.resolve())
-        or output.resolve() == checkpoint.resolve()
-    ):
+    if output.absolute().parent.resolve().is_relative_to(checkpoint.resolve()):
         raise ConfigError(
             f"--output {output} lies inside the checkpoint {checkpoint}, which must stay as it was written; write elsewhere, "
             f"for example --output {checkpoint.absolute().parent / output.name}"
