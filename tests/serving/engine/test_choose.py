@@ -102,3 +102,8 @@ def test_bitnet_cpp_must_be_built(tiny_gguf: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("WRINKLEFREE_BITNET_SERVER", str(tmp_path / "nothing"))
     with pytest.raises(EngineError, match="there is no llama-server in extern/BitNet/build/bin"):
         open_engine(tiny_gguf, engine="bitnet.cpp")
+
+
+def test_threads_beyond_reason_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="threads is 100000, more than"):
+        open_engine(tmp_path, threads=100_000)

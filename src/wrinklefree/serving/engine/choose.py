@@ -1,5 +1,6 @@
 """Open a model with the engine asked for, or with the best one that runs it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,9 @@ DEFAULT_CONTEXT = 4096
 """Longest context where none is asked for: engines take memory for all of it at once."""
 
 DEFAULT_SLOTS = 4
+
+THREADS_PER_CORE = 8
+"""More crash native engines."""
 
 _MISSING: dict[EngineName, tuple[Callable[[], bool], str]] = {
     "llama.cpp": (llama_cpp.is_installed, "the package xllamacpp is not installed"),
@@ -50,6 +54,11 @@ def open_engine(
     for name, value in (("slots", slots), ("threads", threads), ("context length", context_length)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is {value}; give 1 or more")
+    most = THREADS_PER_CORE * (os.cpu_count() or 1)
+    if threads is not None and threads > most:
+        raise ConfigError(
+            f"threads is {threads}, more than {most} ({THREADS_PER_CORE} a core) only slow an engine down"
+        )
     if not model.exists():
         raise ConfigError(f"{model} does not exist; give a GGUF file or a folder that a stage wrote")
     if model.is_dir():
