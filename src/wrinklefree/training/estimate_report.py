@@ -53,9 +53,8 @@ def stage_lines(estimate: Estimate) -> list[str]:
 
 
 def _verdict(estimate: Estimate) -> str:
-    if estimate.device.type == "cpu":
-        return "fits" if estimate.fits else "DOES NOT FIT"
-    reserve = f"with {HEADROOM:.0%} kept for the CUDA context and fragmentation"
+    context = "the CUDA context and fragmentation" if estimate.device.type == "cuda" else "the C allocator"
+    reserve = f"with {HEADROOM[estimate.device.type]:.0%} kept for {context}"
     return f"{'fits' if estimate.fits else 'DOES NOT FIT'}, {reserve}"
 
 

@@ -100,13 +100,17 @@ def advise(config: RunConfig, *, device_type: str, memory: float, shards: int | 
     """Up to three changes of a stage that trains which fit `memory` bytes of a device, the least intrusive first."""
     if not isinstance(config.training, StageConfig):
         return []
-    usable = memory * (1 - HEADROOM)
+    usable = memory * (1 - HEADROOM[device_type])
     fitting: list[Advice] = []
+    offered: list[set[str]] = []
     for changes in _candidates(config):
+        keys = set(changes)
+        if any(earlier <= keys for earlier in offered):
+            continue  # the least change of each kind is enough
         candidate, overrides = _changed(config, changes)
         peak = _estimated_peak(candidate, device_type, shards)
-        keys = set(changes)
-        if peak <= usable and not any(set(offer.overrides) <= set(overrides) for offer in fitting):
+        if peak <= usable:
+            offered.append(keys)
             identity = keys <= {"training.activation_checkpointing"}
             mathematics = not keys & {"training.max_seq_length", "optimizer.type"}
             fitting.append(Advice(overrides, peak, identity, mathematics))
@@ -126,7 +130,7 @@ def _candidates(config: RunConfig) -> Iterator[dict[str, Any]]:
         batches = [{}, again, *splits, *({**again, **split} for split in splits)]
     optimizers: list[dict[str, Any]] = [{}]
     if config.optimizer.type in {"auto", "adamw"}:
-        optimizers.append({"optimizer.type": "adamw_8bit"})
+        optimizers += [{"optimizer.type": "adamw_8bit"}, {"optimizer.type": "apollo_mini"}]
     lengths: list[dict[str, Any]] = [{}]
     length = training.max_seq_length // 2
     while length >= 64:
