@@ -2,8 +2,8 @@
 
 Out-of-memory errors strike anywhere: when weights are moved to the device, in a forward or backward pass, at the first
 step of the optimizer (which makes its state), in an evaluation. `explain_out_of_memory` turns any of them into one line
-with the peak, the batch and up to three overrides. Nothing is written on the way, so the last checkpoint is as it was; overrides that
-keep the run's identity are offered first, because the same run then goes on from that checkpoint.
+with the peak, the batch and up to three overrides. Nothing is written on the way, so the last checkpoint is as it was;
+overrides that keep the run's identity are offered first, because the same run then goes on from that checkpoint.
 
 A process that the kernel kills for memory gets no chance to say anything.
 """
