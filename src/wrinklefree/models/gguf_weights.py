@@ -21,6 +21,8 @@ from torch import Tensor
 from wrinklefree.models import gguf_names as names
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.gguf_names import separate_rotary_pairs
+from wrinklefree.models.gguf_settings import CONFIG_KEY as CONFIG_KEY
+from wrinklefree.models.gguf_settings import foreign_settings
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.padding import Padding
 from wrinklefree.models.weights import EMBEDDING, HEAD, assemble
@@ -28,9 +30,6 @@ from wrinklefree.quantization.weight_quant import Ternary
 from wrinklefree.utils.errors import CheckpointError
 from wrinklefree.utils.gguf import GGUFFile, read_gguf
 from wrinklefree.utils.tokenizer import TextTokenizer
-
-CONFIG_KEY = "wrinklefree.config"
-"""JSON: `architecture` and `bitnet` as in an artifact's config.json."""
 
 FOLDED_KEY = "wrinklefree.ffn_norm_folded"
 """True where ffn_norm is 1 and its gain stands in ffn_gate_norm_in and ffn_up_norm_in."""
@@ -73,7 +72,8 @@ def architecture_from_gguf(file: GGUFFile) -> Architecture:
     """Dimensions and switches from the metadata and from which tensors there are.
 
     Raises:
-        CheckpointError: the file holds a model of a family that we do not have.
+        CheckpointError: the file holds a model of a family that we do not have, or with a setting that changes its
+            function and that we do not have (rope scaling, partly rotated heads, a scale of attention).
     """
     family = file.text("general.architecture")
     if family not in _FAMILIES:
@@ -81,6 +81,11 @@ def architecture_from_gguf(file: GGUFFile) -> Architecture:
     hidden_size, heads = file.integer(f"{family}.embedding_length"), file.integer(f"{family}.attention.head_count")
     if hidden_size <= 0 or heads <= 0 or file.integer(f"{family}.attention.head_count_kv") <= 0:
         raise CheckpointError(f"{file.path} announces {heads} heads and {hidden_size} hidden dimensions; it is damaged")
+    for key, value in foreign_settings(file):
+        raise CheckpointError(
+            f"{file.path} has {key} = {value}, which this library does not compute; serve it with --engine llama.cpp, or "
+            "pass the model's Hugging Face folder"
+        )
     head_dim_key = f"{family}.attention.key_length"
     ours = {names.our_name(name, names.INNER) for name in file.tensors}
     if EMBEDDING not in ours:

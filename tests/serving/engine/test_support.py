@@ -45,6 +45,15 @@ def named(*names: str) -> dict[str, np.ndarray]:
         ("bitnet", {"tensors": named("attn_q_norm.weight")}, ("torch",), "q and k norms"),
         ("bitnet", {"metadata": {"bitnet.attention.key_length": 16}}, ("torch",), "heads whose sizes"),
         ("bitnet", {"metadata": {"bitnet.attention.key_length": 8}}, ENGINES, ""),
+        ("llama", {"metadata": {"llama.rope.scaling.type": "yarn"}}, ("llama.cpp", "bitnet.cpp"), "rope scaling"),
+        ("llama", {"metadata": {"llama.rope.dimension_count": 4}}, ("llama.cpp", "bitnet.cpp"), "partly rotated"),
+        ("llama", {"metadata": {"llama.rope.scaling.type": "none"}}, ENGINES, ""),
+        (
+            "llama",
+            {"metadata": {"llama.rope.scaling.type": "linear", "wrinklefree.config": "{}"}},
+            ENGINES,
+            "",
+        ),
         ("gemma3", {}, (), "the architecture gemma3"),
     ],
 )

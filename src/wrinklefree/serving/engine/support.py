@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from wrinklefree.models.gguf_settings import foreign_settings
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.gguf import GGUFFile
 
@@ -116,6 +117,11 @@ FEATURES: tuple[Feature, ...] = (
         "heads whose sizes do not sum to the hidden size in the architecture bitnet",
         _in_architecture("bitnet", _heads_differ_from_hidden),
         _OURS,
+    ),
+    Feature(
+        "rope scaling, partly rotated heads or a scale of attention that only its header describes",
+        lambda file: any(foreign_settings(file)),
+        _NATIVE,
     ),
     Feature("I2_S tensors laid out for another family of CPUs", _layout_of_another_cpu, _OURS),
 )

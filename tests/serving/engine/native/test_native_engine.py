@@ -15,6 +15,7 @@ from wrinklefree.models.bitlinear import set_quantization
 from wrinklefree.models.convert import to_bitnet
 from wrinklefree.models.generate import generate
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.serving.converter import ConversionOptions, convert
 from wrinklefree.serving.engine.native.engine import STEP_TOKENS, NativeEngine
 from wrinklefree.serving.engine.native.loading import load_packed
 from wrinklefree.serving.engine.native.model import PackedModel
@@ -240,3 +241,19 @@ def test_a_model_in_its_warm_up_is_announced(
     young = replace(packed, bitnet=packed.bitnet.model_copy(update={"quantization_lambda": 0.5}))
     NativeEngine(young, tokenizer, name="young", context_length=64, slots=1, threads=1).close()
     assert "young was saved at lambda 0.5 and SubLN strength 1 and is served at 1 and 1" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0", "q4_0", "i2_s"])
+def test_our_gguf_files_hold_the_same_codes(
+    packed: PackedModel, ternary: CausalLM, tokenizer: TextTokenizer, tmp_path: Path, kind: str
+) -> None:
+    write_artifact(tmp_path / "student", ternary, tokenizer, {"stage": "test"})
+    options = ConversionOptions(input=tmp_path / "student", output=tmp_path / "model.gguf", type=kind, run=False)
+    convert(options)
+    loaded, found = load_packed(tmp_path / "model.gguf", "f32")
+    assert found.encode("The sea was calm") == tokenizer.encode("The sea was calm")
+    assert loaded.architecture == packed.architecture
+    assert loaded.linears.keys() == packed.linears.keys()
+    for name, linear in packed.linears.items():
+        assert (loaded.linears[name].tiles == linear.tiles).all()
+        assert loaded.linears[name].scale == pytest.approx(linear.scale, rel=2**-10)  # a 16-bit scale in most types
