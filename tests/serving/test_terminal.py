@@ -83,7 +83,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
     engine: ScriptedEngine, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nagain\n"))
-    engine.delay = 0.05
+    engine.delay = 0.5
 
     def interrupt() -> None:
         until(lambda: engine.at_work == 1)

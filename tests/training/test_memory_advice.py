@@ -41,7 +41,7 @@ def test_the_allocators_own_errors_are_recognised_and_others_are_not() -> None:
 def test_it_becomes_one_line_with_peak_batch_and_three_overrides(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_advice, "_device_bytes", lambda device_type: 120 * GIB)
+    monkeypatch.setattr(memory_advice, "_device_bytes", lambda device_type: 141 * GIB)
     monkeypatch.setattr(memory_advice, "_peak_bytes", lambda device_type: 79 * GIB)
     with pytest.raises(OutOfMemoryError) as caught, explain_out_of_memory(config_of(*QWEN)):
         raise error
@@ -49,7 +49,7 @@ def test_it_becomes_one_line_with_peak_batch_and_three_overrides(
     assert caught.value.exit_code == 75
     assert "\n" not in text
     assert text.startswith(
-        "out of memory at a peak of 79.0 GiB of 120.0 GiB of this machine, batch 4 x 1024 tokens, accumulation 8; "
+        "out of memory at a peak of 79.0 GiB of 141.0 GiB of this machine, batch 4 x 1024 tokens, accumulation 8; "
         "the last checkpoint is intact. Estimated to fit: training.activation_checkpointing=true ("
     )
     assert len(re.findall(r"GiB, (?:resumes this run|a new run)", text)) == 3

@@ -243,12 +243,12 @@ def test_a_model_in_its_warm_up_is_announced(
     assert "young was saved at lambda 0.5 and SubLN strength 1 and is served at 1 and 1" in caplog.text
 
 
-@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0", "q4_0", "i2_s"])
+@pytest.mark.parametrize("kind", ["TQ2_0", "TQ1_0", "Q2_0", "Q4_0", "I2_S"])
 def test_our_gguf_files_hold_the_same_codes(
     packed: PackedModel, ternary: CausalLM, tokenizer: TextTokenizer, tmp_path: Path, kind: str
 ) -> None:
     write_artifact(tmp_path / "student", ternary, tokenizer, {"stage": "test"})
-    options = ConversionOptions(input=tmp_path / "student", output=tmp_path / "model.gguf", type=kind, run=False)
+    options = ConversionOptions(input=tmp_path / "student", output=tmp_path / "model.gguf", weight_type=kind, run=False)
     convert(options)
     loaded, found = load_packed(tmp_path / "model.gguf", "f32")
     assert found.encode("The sea was calm") == tokenizer.encode("The sea was calm")
