@@ -14,9 +14,11 @@ Three questions, each against one process:
 The processes are on this machine, over gloo. The beds and the process pool below also serve the tests.
 """
 
+import argparse
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,6 +92,7 @@ class Bed:
     """Begin at lambda 0 and strength 0 and rise over half of the run; otherwise fully quantized at once."""
     perturbation: float = 0.0
     """Standard deviation of a relative change of the initial weights."""
+    perturbation_seed: int = 0
     checkpointing: Checkpointing = "off"
     distributed: DistributedConfig = field(default_factory=lambda: DistributedConfig(name="bed", strategy="fsdp"))
     folder: str | None = None
@@ -166,7 +169,7 @@ class Float64(TorchFunctionMode):
         return func(*widened, **named)
 
 
-def build(bed: Bed) -> tuple[Trainer, Callable[[], None]]:
+def build(bed: Bed, device: torch.device | None = None) -> tuple[Trainer, Callable[[], None]]:
     """The trainer of a bed on this rank, and what must be called before its model runs."""
     torch.manual_seed(0)
     ternary = bed.stage not in {"fp_pretrain"}
@@ -175,7 +178,7 @@ def build(bed: Bed) -> tuple[Trainer, Callable[[], None]]:
     model = CausalLM(bed.architecture, spec if ternary else None)
     teacher_model = CausalLM(bed.architecture) if bed.stage in {"stage1_9", "stage3"} else None
     if bed.perturbation:
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(1 + bed.perturbation_seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.mul_(1 + bed.perturbation * torch.randn(parameter.shape, generator=generator))
@@ -183,8 +186,11 @@ def build(bed: Bed) -> tuple[Trainer, Callable[[], None]]:
         model.double()
         if teacher_model is not None:
             teacher_model.double()
-    compute = Compute(torch.device("cpu"), torch.bfloat16 if bed.bfloat16 else torch.float32)
-    model.train()
+    device = device or torch.device("cpu")
+    compute = Compute(device, torch.bfloat16 if bed.bfloat16 else torch.float32)
+    model.to(device).train()
+    if teacher_model is not None:
+        teacher_model.to(device)
     model.activation_checkpointing = bed.checkpointing
     refresh: Callable[[], None] | None = None
     if world_size() > 1:
@@ -316,8 +322,8 @@ def _first_gradients(trainer: Trainer) -> dict[str, Tensor]:
 class Ranks:
     """Processes that stay, so that many short jobs pay for one start-up: `run(world, function, *arguments)`."""
 
-    def __init__(self, size: int) -> None:
-        """Start `size` processes."""
+    def __init__(self, size: int, backend: str = "gloo") -> None:
+        """Start `size` processes that talk through `backend`."""
         import torch.multiprocessing as multiprocessing
 
         context = multiprocessing.get_context("spawn")
@@ -325,7 +331,7 @@ class Ranks:
         self._processes: list[Any] = []
         for _ in range(size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, backend), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -360,7 +366,7 @@ class Ranks:
                 process.kill()
 
 
-def _serve(pipe: Any) -> None:
+def _serve(pipe: Any, backend: str) -> None:
     torch.set_num_threads(1)
     while True:
         try:
@@ -368,7 +374,7 @@ def _serve(pipe: Any) -> None:
         except EOFError:
             return
         try:
-            with _Group(number, world, folder):
+            with _Group(number, world, folder, backend):
                 value = function(*arguments)
             reply: tuple[bool, Any] = (True, value)
         except BaseException:  # noqa: BLE001 - it goes to the caller
@@ -379,13 +385,13 @@ def _serve(pipe: Any) -> None:
 class _Group:
     """A process group for one job; nothing where there is one process."""
 
-    def __init__(self, number: int, world: int, folder: str) -> None:
-        self.number, self.world, self.folder = number, world, folder
+    def __init__(self, number: int, world: int, folder: str, backend: str) -> None:
+        self.number, self.world, self.folder, self.backend = number, world, folder, backend
 
     def __enter__(self) -> None:
         if self.world > 1:
             torch.distributed.init_process_group(
-                "gloo", init_method=f"file://{self.folder}/rendezvous", rank=self.number, world_size=self.world
+                self.backend, init_method=f"file://{self.folder}/rendezvous", rank=self.number, world_size=self.world
             )
 
     def __exit__(self, *error: object) -> None:
@@ -398,3 +404,63 @@ def relative_difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> flo
     if a.keys() != b.keys():
         raise ValueError(f"different names: {sorted(a.keys() ^ b.keys())}")
     return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp(min=1e-30)) for name in a)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; 1 when a bar is missed."""
+    parser = argparse.ArgumentParser(description="Compare 1, 2, 3 and 4 processes.")
+    parser.add_argument("--stages", default=",".join(STAGES))
+    parser.add_argument(
+        "--optimizers", default="adamw,muon,apollo,apollo_mini", help="of stage 2; the others use adamw"
+    )
+    parser.add_argument("--worlds", default="2,3,4")
+    parser.add_argument("--steps", type=int, default=50)
+    options = parser.parse_args(arguments)
+    worlds = [int(number) for number in options.worlds.split(",")]
+    beds = [Bed(stage=stage) for stage in options.stages.split(",")]
+    beds += [Bed(optimizer=name) for name in options.optimizers.split(",") if name != "adamw"]
+    ranks = Ranks(max(worlds))
+    missed = 0
+    try:
+        sys.stdout.write(
+            f"{'stage':12} {'optimizer':11} {'ranks':>5} {'gradients':>10} {'float64 loss':>13} {'float32 loss':>13} "
+            f"{'1e-7 moved':>11}\n"
+        )
+        for bed in beds:
+            for line, failed in _rows(ranks, bed, worlds, options.steps):
+                sys.stdout.write(f"{line}{'  MISSED' if failed else ''}\n")
+                sys.stdout.flush()
+                missed += failed
+    finally:
+        ranks.close()
+    return 1 if missed else 0
+
+
+def _rows(ranks: Ranks, bed: Bed, worlds: Sequence[int], steps: int) -> Iterator[tuple[str, bool]]:
+    """A line for each number of processes, and whether it misses a bar."""
+    long = replace(bed, steps=steps)
+    first, double, single = ranks.run(1, _three, [bed, replace(long, double=True), long])[0]
+    moved = [ranks.run(1, train, replace(long, perturbation=1e-7, perturbation_seed=seed))[0] for seed in range(3)]
+    spread = max(_largest_gap(other.losses, single.losses) for other in moved)
+    for world in worlds:
+        gradients, in_double, in_single = ranks.run(world, _three, [bed, replace(long, double=True), long])[0]
+        gradient = relative_difference(gradients.gradients, first.gradients)
+        gaps = _largest_gap(in_double.losses, double.losses), _largest_gap(in_single.losses, single.losses)
+        line = f"{bed.stage:12} {bed.optimizer:11} {world:5d} {gradient:10.1e} {gaps[0]:13.1e} {gaps[1]:13.1e} {spread:11.1e}"
+        yield line, gradient > 1e-6 or gaps[0] > 1e-9
+
+
+def _three(beds: Sequence[Bed]) -> list[Outcome]:
+    """Gradients of the first, runs of the others."""
+    return [train(bed, with_gradients=number == 0) for number, bed in enumerate(beds)]
+
+
+def _largest_gap(a: Sequence[float], b: Sequence[float]) -> float:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True))
+
+
+if __name__ == "__main__":
+    # Under its own name: the processes of the pool must find what is sent to them.
+    from benchmark.sharded_equality import main as run
+
+    sys.exit(run())

@@ -297,6 +297,24 @@ def test_metrics_count(server: Server, client: openai.OpenAI) -> None:
     assert after["wrinklefree_ready"] == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("options", [{"stop": "ld!"}, {"stop": "H"}, {"prompt": ["a", "b"], "max_tokens": 3}])
+def test_metrics_agree_with_usage(options: dict[str, Any], stream: bool) -> None:
+    """Tokens that a stop string cut off count, and so does an answer without text."""
+    with running(ScriptedEngine(TEXT)) as server:
+        body = {"prompt": "x", "stream": stream, "max_tokens": 50} | options
+        body |= {"stream_options": {"include_usage": True}} if stream else {}
+        response = post(server, body)
+        answer = json.loads(response.text.split("data: ")[-2]) if stream else response.json()
+        lines = httpx2.get(f"{server.address}/metrics").text.splitlines()
+    counted = {
+        name: next(float(line.split()[1]) for line in lines if line.startswith(f"wrinklefree_{name}_total "))
+        for name in ("prompt_tokens", "completion_tokens")
+    }
+    assert counted == {name: answer["usage"][name] for name in counted}
+    assert counted["completion_tokens"] > 0
+
+
 def test_the_page_allows_only_its_own_script(server: Server) -> None:
     page = httpx2.get(f"{server.address}/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"

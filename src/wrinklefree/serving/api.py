@@ -22,7 +22,7 @@ from wrinklefree.serving.api_replies import Choice, Json, Reply, error_body
 from wrinklefree.serving.generations import in_background
 from wrinklefree.serving.limits import Receive, Scope, Send
 from wrinklefree.serving.service import LOADING_RETRY_SECONDS, ApiError, Event, Kind, Loaded, Plan, Service, explain
-from wrinklefree.serving.text_stream import Finish, Piece
+from wrinklefree.serving.text_stream import Finish
 
 KEEP_ALIVE_SECONDS = 10.0
 """A stream without text says so this often, so that proxies do not take it for dead."""
@@ -86,7 +86,9 @@ class _Answer(Response):
         service = self._service
         deadline = asyncio.get_running_loop().time() + service.settings.request_seconds
         first: float | None = None
-        tokens = 0
+        started = False
+        finished = unfinished = 0
+        """Tokens of the choices that are whole, with those that a stop string cut off, and of the one under way."""
         try:
             async with in_background(
                 service.slots,
@@ -94,17 +96,22 @@ class _Answer(Response):
                 deadline=deadline,
                 tick_seconds=KEEP_ALIVE_SECONDS,
             ) as items:
+                started = True
                 async for item in items:
-                    if item is not None and isinstance(item[1], Piece):
-                        tokens += len(item[1].tokens)
+                    if item is not None and isinstance(item[1], Finish):
+                        finished, unfinished = finished + item[1].tokens, 0
+                    elif item is not None:
+                        unfinished += len(item[1].tokens)
                         if first is None and item[1].tokens:
                             first = time.monotonic()
                             service.metrics.first_text(first - arrived)
                     yield item
         finally:
-            if first is not None:
+            if started:
                 service.metrics.generated(
-                    prompt_tokens=plan.prompt_tokens, completion_tokens=tokens, seconds=time.monotonic() - first
+                    prompt_tokens=plan.prompt_tokens,
+                    completion_tokens=finished + unfinished,
+                    seconds=0.0 if first is None else time.monotonic() - first,
                 )
 
 

@@ -54,7 +54,7 @@ class Metrics:
         self._first_token.observe(seconds)
 
     def generated(self, *, prompt_tokens: int, completion_tokens: int, seconds: float) -> None:
-        """Count a finished or broken-off generation; `seconds` since its first text."""
+        """Count a finished or broken-off generation; `seconds` since its first text, 0 where there was none."""
         self._prompt_tokens.inc(prompt_tokens)
         self._completion_tokens.inc(completion_tokens)
         if completion_tokens > 1 and seconds > 0:

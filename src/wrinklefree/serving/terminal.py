@@ -123,6 +123,7 @@ class Terminal:
 
         answer = _Background(start)
         try:
+            answer.start()
             for item in answer:
                 if isinstance(item, Finish):
                     reason, tokens = item.reason, item.tokens
@@ -162,6 +163,9 @@ class _Background:
         self._work = Work()
         self._start = start
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+
+    def start(self) -> None:
+        """Begin the work."""
         self._thread.start()
 
     def __iter__(self) -> Iterator[Piece | Finish]:
@@ -176,7 +180,8 @@ class _Background:
     def close(self) -> None:
         """End the work."""
         self._work.abandon()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def _run(self) -> None:
         try:

@@ -58,7 +58,7 @@ def place_student(config: RunConfig, compute: Compute, load: Callable[[Cut | Non
     """Load the student to where it is trained; `load` takes what cuts it, if anything does."""
     if not is_cut(config.distributed):
         return Student(load(None).to(compute.device), None)
-    cutter = _Cutter(config.distributed, compute)
+    cutter = Cutter(config.distributed, compute)
     model = load(cutter)
     codes = cutter.codes
     return Student(model, None if codes is None else codes.update)
@@ -71,7 +71,7 @@ def place_teacher(
     if not is_cut(config.distributed):
         model = load(None)
         return Teacher(model if offload else model.to(compute.device), offload=offload), model
-    model = load(_Cutter(config.distributed.model_copy(update={"optimizer_offload": offload}), compute, frozen=True))
+    model = load(Cutter(config.distributed.model_copy(update={"optimizer_offload": offload}), compute, frozen=True))
     # What the losses read of it stays gathered until the step is done.
     return Teacher(model, on_release=partial(_reshard, model)), model
 
@@ -111,7 +111,7 @@ def _reshard(model: CausalLM) -> None:
     reshard(model)
 
 
-class _Cutter:
+class Cutter:
     """A `Cut` that remembers who keeps the gathered codes."""
 
     def __init__(self, config: DistributedConfig, compute: Compute, *, frozen: bool = False) -> None:
@@ -119,6 +119,7 @@ class _Cutter:
         self.codes: CodeGather | None = None
 
     def __call__(self, model: CausalLM) -> None:
+        """Cut an empty model over the group's processes, and give this one's rows memory."""
         from wrinklefree.training.fsdp_wrapper import materialise, shard, sharding_for
 
         if self._frozen:
