@@ -160,10 +160,11 @@ class _Opened:
     audit: AuditLogger | None
 
 
-def run_stage(plan: StagePlan) -> StageResult:
+def run_stage(plan: StagePlan, callbacks: Sequence[Callback] = ()) -> StageResult:
     """Run one stage, or skip it when its fingerprint is complete; moves the seed's pointer to its artifact.
 
-    With several processes every one calls it: rank 0 opens, marks and completes the run, and all train.
+    With several processes every one calls it: rank 0 opens, marks and completes the run, and all train. `callbacks` come
+    behind the stage's own.
     """
     started = time.perf_counter()
     with ExitStack() as stack:
@@ -177,7 +178,7 @@ def run_stage(plan: StagePlan) -> StageResult:
         here = opened[0] if opened else None
         if tokens is not None:
             return StageResult(plan, skipped=True, seconds=_seconds_so_far(here), tokens=tokens)
-        return _run_opened(plan, here, started)
+        return _run_opened(plan, here, started, callbacks)
 
 
 def _open(plan: StagePlan, stack: ExitStack) -> _Opened:
@@ -217,7 +218,7 @@ def _tokens_of_complete(plan: StagePlan, opened: _Opened) -> int | None:
     return int(read_artifact(plan.artifact).lineage["tokens"])
 
 
-def _run_opened(plan: StagePlan, opened: _Opened | None, started: float) -> StageResult:
+def _run_opened(plan: StagePlan, opened: _Opened | None, started: float, callbacks: Sequence[Callback]) -> StageResult:
     """Train, or insert SubLN, and leave the run's record true however that ends."""
     config = plan.config
     mark = (lambda status, **facts: None) if opened is None else opened.run.mark
@@ -234,7 +235,7 @@ def _run_opened(plan: StagePlan, opened: _Opened | None, started: float) -> Stag
             if plan.stage.objective is None:
                 tokens = distributed.decide_on_rank_zero(partial(_insert_subln, plan))
             else:
-                tokens = _train(plan, None if opened is None else opened.run.checkpoints)
+                tokens = _train(plan, None if opened is None else opened.run.checkpoints, callbacks)
     except Interrupted as stopped:
         mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
         raise
@@ -335,7 +336,7 @@ def _insert_subln(plan: StagePlan) -> int:
     return 0
 
 
-def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
+def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequence[Callback]) -> int:
     """Every other stage: build the parts, fit, write the artifact; returns the tokens trained on."""
     config, training = plan.config, plan.config.training
     assert isinstance(training, StageConfig)
@@ -391,7 +392,7 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None) -> int:
         warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
         teacher=teacher,
         store=checkpoints if distributed.world_size() == 1 else SharedCheckpointStore(checkpoints),
-        callbacks=[DataWait(stream), *make_callbacks(plan, model)] if distributed.is_main() else [],
+        callbacks=[DataWait(stream), *make_callbacks(plan, model), *callbacks] if distributed.is_main() else [],
         evaluate=make_validation(config, model, tokenizer, compute),
         identity=identity,
         refresh_weights=student.refresh_weights,
