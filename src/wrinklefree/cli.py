@@ -312,6 +312,9 @@ def refuse_unavailable(configuration: object) -> None:
     config = configuration
     if config.dry_run or config.estimate:
         return
+    from wrinklefree.training.tracking_config import check_tracking
+
+    check_tracking(config.tracking)
     _refuse_distributed(config.distributed, is_pipeline=config.training.stage == "bitdistill")
     if config.influence.enabled:
         raise NotAvailableError(

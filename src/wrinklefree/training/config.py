@@ -8,6 +8,7 @@ from wrinklefree.data.config import DataConfig, FinetuneData, PackingConfig
 from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
 from wrinklefree.models.config import Gain, ModelConfig, Placement
 from wrinklefree.training.device_kinds import DeviceName
+from wrinklefree.training.tracking_config import TrackingConfig
 from wrinklefree.utils.config import Config
 
 
@@ -317,6 +318,7 @@ class RunConfig(Config):
     gcs: GcsConfig = GcsConfig()
     resume: ResumeConfig = ResumeConfig()
     audit: AuditConfig = AuditConfig()
+    tracking: TrackingConfig = TrackingConfig()
     seed: int = Field(default=42, ge=0)
     seeds: int = Field(default=1, ge=1)
     """Pipelines only: train this many seeds and report means and intervals."""

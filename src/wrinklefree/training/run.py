@@ -72,6 +72,7 @@ from wrinklefree.training.placement import (
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
 from wrinklefree.training.rank_share import RankShare
 from wrinklefree.training.stage1 import insert_subln
+from wrinklefree.training.trackers import make_tracking
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
 from wrinklefree.utils import distributed
 from wrinklefree.utils.allocator import keep_large_buffers
@@ -454,7 +455,8 @@ def make_callbacks(plan: StagePlan, model: CausalLM) -> list[Callback]:
     callbacks: list[Callback] = []
     if plan.stage.ternary:
         callbacks.append(QuantizationTelemetry(model, interval))
-    return [*callbacks, ProgressLine(interval), MetricsFile(), LossPlot()]
+    tracking = make_tracking(plan.config.tracking, plan.tree, plan.config.model.name)
+    return [*callbacks, ProgressLine(interval), MetricsFile(), LossPlot(), *tracking]
 
 
 def make_validation(

@@ -30,7 +30,7 @@ INFRASTRUCTURE_KEYS = frozenset(
     {
         "allow_slow", "audit", "dry_run", "estimate", "estimation", "experiment_name", "gcs", "hydra", "logging",
         "num_workers", "output_dir", "resume", "serving", "skip_recovery", "tensorboard", "tracker", "trackers",
-        "trackio", "wandb",
+        "tracking", "trackio", "wandb",
     }
 )  # fmt: skip
 """Keys that are dropped at any depth, with all below them."""
