@@ -100,8 +100,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(
             "distributed=fsdp_large (it runs on one GPU too)",
         ),
         (
-            ["influence.enabled=true"],
-            "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed",
+            ["training=fp_sft", "influence.enabled=true"],
+            "influence.enabled=true moves the weights of text sources in stage2, stage3, fp_pretrain, and "
+            "training.stage=fp_sft has none to move: leave it out here",
         ),
     ],
 )

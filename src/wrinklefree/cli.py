@@ -306,7 +306,7 @@ def refuse_unavailable(configuration: object) -> None:
     Raises:
         NotAvailableError: naming the part and what to use instead. A dry run or an estimate is never refused.
     """
-    from wrinklefree.training.config import RunConfig
+    from wrinklefree.training.config import MIXING_STAGES, RunConfig
 
     assert isinstance(configuration, RunConfig)
     config = configuration
@@ -316,9 +316,10 @@ def refuse_unavailable(configuration: object) -> None:
 
     check_tracking(config.tracking)
     _refuse_distributed(config.distributed, is_pipeline=config.training.stage == "bitdistill")
-    if config.influence.enabled:
-        raise NotAvailableError(
-            "influence.enabled=true is not available yet: the sources' weights in data.sources stay fixed"
+    if config.influence.enabled and config.training.stage not in (*MIXING_STAGES, "bitdistill"):
+        raise ConfigError(
+            f"influence.enabled=true moves the weights of text sources in {', '.join(MIXING_STAGES)}, and "
+            f"training.stage={config.training.stage} has none to move: leave it out here"
         )
 
 

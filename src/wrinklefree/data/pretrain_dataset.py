@@ -147,7 +147,7 @@ def held_out_documents(config: PretrainData, split: str) -> list[str]:
     Generated facts have no held-out part: a recall task asks for them.
     """
     by_source = [
-        (source.weight, sorted(_held_out_of(source, config.held_out_percent, split), key=hash_share))
+        (source.weight, sorted(held_out_of(source, config.held_out_percent, split), key=hash_share))
         for source in config.sources
         if not isinstance(source, FactsSource)
     ]
@@ -209,7 +209,8 @@ def _source_seed(seed: int, index: int) -> int:
     return int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0])
 
 
-def _held_out_of(source: TextSource, percent: float, split: str) -> list[str]:
+def held_out_of(source: TextSource, percent: float, split: str) -> list[str]:
+    """A source's documents of `validation` or `test`; of a stream those near its beginning."""
     documents: Iterable[str]
     if isinstance(source, HubSource) or (isinstance(source, LocalSource) and source.stream):
         rows = islice(

@@ -7,6 +7,7 @@ it again.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -211,6 +212,22 @@ def source_name(source: TextSource) -> str:
     if isinstance(source, LocalSource | TokensSource):
         return f"data source path={source.path}"
     return "generated facts" if isinstance(source, FactsSource) else f"packaged corpus {source.name}"
+
+
+def source_labels(sources: Sequence[TextSource]) -> list[str]:
+    """A short name of each source, for weights and metrics; their numbers tell apart those that share one."""
+    names = [_label(source) for source in sources]
+    if len(set(names)) == len(names):
+        return names
+    return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
+
+
+def _label(source: TextSource) -> str:
+    if isinstance(source, HubSource):
+        return source.path.rpartition("/")[2] + (f"-{source.name}" if source.name else "")
+    if isinstance(source, LocalSource | TokensSource):
+        return Path(source.path.rstrip("/")).stem.strip("*.") or "text"
+    return "facts" if isinstance(source, FactsSource) else source.name
 
 
 def source_fingerprint(source: TextSource) -> str:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from wrinklefree.data.config import DataConfig, FinetuneData, PackingConfig
+from wrinklefree.data.config import DataConfig, FinetuneData, PackingConfig, TextSource
 from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
 from wrinklefree.models.config import Gain, ModelConfig, Placement
 from wrinklefree.training.device_kinds import DeviceName
@@ -227,17 +227,36 @@ class InfluenceWeights(Config):
     """Knobs of the influence calculation."""
 
     lambda_val: float = Field(default=0.1, gt=0)
+    """Damping of the curvature, in units of a layer's mean squared gradient norm; `score: dot` does not use it."""
     gamma_val: float = Field(default=0.1, gt=0, le=1)
+    """Share of the newest scores in their running average; 1 forgets the earlier ones."""
     temperature: float = Field(default=1.0, gt=0)
+    """Divides the evidence: towards infinity weights stay at those of `data.sources`."""
+    score: Literal["exact", "datainf", "dot"] = "exact"
+    """What a source is worth to the probes: with the exact inverse curvature of the sampled gradients, DataInf's
+    approximation of it, or none."""
+    rows: int = Field(default=32, ge=8)
+    """Rows scored of each source and of each probe at an update, over all processes."""
 
 
 class InfluenceConfig(Config):
-    """The root key `influence`."""
+    """The root key `influence`: weights of the text sources that follow what helps. Stages 2 and 3, and fp_pretrain."""
 
     enabled: bool = False
     update_interval: int = Field(default=1000, ge=1)
+    """Optimizer steps between updates of the weights."""
     learning_rate: float = Field(default=0.2, gt=0, le=1)
+    """Share of the way to the target that the weights go at an update."""
+    min_weight: float = Field(default=0.0, ge=0, lt=1)
+    """No source's share falls below this."""
+    probes: tuple[TextSource, ...] = ()
+    """Text that the mixture should serve; `weight` is its share of the score. Empty: what the run is validated on (held-out
+    text of its own sources, which makes each of them its own judge; in stage 3 the task's validation examples)."""
     config: InfluenceWeights = InfluenceWeights()
+
+
+MIXING_STAGES = ("stage2", "stage3", "fp_pretrain")
+"""Stages whose text sources influence may weigh."""
 
 
 class DistributedConfig(Config):
@@ -351,5 +370,26 @@ class RunConfig(Config):
             raise ValueError(
                 "training.teacher.cache holds a task's examples, and data.replay mixes other text in: set data.replay=null "
                 "data.replay_share=0, or training.teacher.cache=null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _influence_has_a_choice(self) -> "RunConfig":
+        if not self.influence.enabled or self.training.stage not in MIXING_STAGES:
+            return self
+        if isinstance(self.data, FinetuneData):
+            text, key = self.data.replay, "data.replay.sources"
+        else:
+            text, key = self.data, "data.sources"
+        count = 0 if text is None else len(text.sources)
+        if count < 2:
+            raise ValueError(
+                f"influence.enabled=true weighs text sources against each other, and data={self.data.name} has {count} in "
+                f"{key}: give it two or more, or set influence.enabled=false"
+            )
+        if self.influence.min_weight * count > 1:
+            raise ValueError(
+                f"influence.min_weight={self.influence.min_weight:g} for each of {count} sources is more than 1 together: "
+                f"set it to {1 / count:.2g} at most"
             )
         return self

@@ -5,15 +5,24 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import wrinklefree
 from wrinklefree.data.config import FinetuneData
 from wrinklefree.data.pretrain_dataset import data_fingerprint
+from wrinklefree.data.sources import source_fingerprint
 from wrinklefree.models.hf import identity
 from wrinklefree.training.cached_teacher import checked_digest
-from wrinklefree.training.config import PretrainConfig, RunConfig, Stage1Config, Stage3Config, StageConfig
+from wrinklefree.training.config import (
+    MIXING_STAGES,
+    PretrainConfig,
+    RunConfig,
+    Stage1Config,
+    Stage3Config,
+    StageConfig,
+)
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
 from wrinklefree.training.stage import Stage
 from wrinklefree.training.stages import STAGES
@@ -170,6 +179,10 @@ def plan_stage(
         cached = checked_digest(config, teacher=teacher.fingerprint, data=data)
         if cached is not None:
             inputs["teacher_cache"] = cached
+    if config.influence.enabled and config.training.stage in MIXING_STAGES:
+        # Paths say nothing of contents; without probes of its own the run is judged by its data.
+        for index, probe in enumerate(config.influence.probes):
+            inputs[f"probe_{index}"] = _unless_dry(config, partial(source_fingerprint, probe))
     return StagePlan(
         config=config,
         tree=tree,

@@ -10,6 +10,6 @@ STAGE = Stage(
     pointer="checkpoint",
     reads=(),
     ternary=False,
-    sections=TRAINING_SECTIONS,
+    sections=(*TRAINING_SECTIONS, "influence"),
     objective=cross_entropy,
 )

@@ -57,6 +57,7 @@ from wrinklefree.training.device import (
     refuse_endless_cpu_run,
 )
 from wrinklefree.training.evaluation import score_language, score_task
+from wrinklefree.training.influence import MixtureMetrics, moves_mixture, weigh_sources
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.training.memory_advice import explain_out_of_memory
 from wrinklefree.training.optimizers import build_optimizer, resolve_optimizer
@@ -371,10 +372,18 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
     identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "attention": attention.name}
     identity["device"] = compute.device.type
     spec = model.bitnet
+    optimizer = build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed)
+    mixture: list[Callback] = []
+    if moves_mixture(config):
+        optimizer = weigh_sources(
+            config, optimizer, student=student, tokenizer=tokenizer, compute=compute, stream=stream,
+            total_steps=total_steps,
+        )  # fmt: skip
+        mixture.append(MixtureMetrics(optimizer))
     trainer = Trainer(
         model=model,
         objective=plan.stage.objective(config, model.architecture, teacher_architecture),
-        optimizer=build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed),
+        optimizer=optimizer,
         stream=rows,
         settings=TrainerSettings(
             total_steps=total_steps,
@@ -393,7 +402,9 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
         warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
         teacher=teacher,
         store=checkpoints if distributed.world_size() == 1 else SharedCheckpointStore(checkpoints),
-        callbacks=[DataWait(stream), *make_callbacks(plan, model), *callbacks] if distributed.is_main() else [],
+        callbacks=[DataWait(stream), *mixture, *make_callbacks(plan, model), *callbacks]
+        if distributed.is_main()
+        else [],
         evaluate=make_validation(config, model, tokenizer, compute),
         identity=identity,
         refresh_weights=student.refresh_weights,

@@ -97,7 +97,8 @@ class _Cuts:
         self._parameters = [
             (rows_of_local(parameter), group) for group in optimizer.param_groups for parameter in group["params"]
         ]
-        self._in_blocks = type(optimizer).__name__ == "AdamW8bit"
+        # Influence wraps the optimizer that holds the state.
+        self._in_blocks = type(getattr(optimizer, "base", optimizer)).__name__ == "AdamW8bit"
 
     def is_private(self, name: str) -> bool:
         """Whether the tensor makes sense on this rank of this many only."""
