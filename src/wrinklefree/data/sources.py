@@ -226,7 +226,8 @@ def _label(source: TextSource) -> str:
     if isinstance(source, HubSource):
         return source.path.rpartition("/")[2] + (f"-{source.name}" if source.name else "")
     if isinstance(source, LocalSource | TokensSource):
-        return Path(source.path.rstrip("/")).stem.strip("*.") or "text"
+        path = Path(source.path)
+        return path.stem.strip("*.") or path.parent.name.strip("*.") or "text"
     return "facts" if isinstance(source, FactsSource) else source.name
 
 
