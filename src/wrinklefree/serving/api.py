@@ -22,7 +22,7 @@ from wrinklefree.serving.api_replies import Choice, Json, Reply, error_body
 from wrinklefree.serving.generations import in_background
 from wrinklefree.serving.limits import Receive, Scope, Send
 from wrinklefree.serving.service import LOADING_RETRY_SECONDS, ApiError, Event, Kind, Loaded, Plan, Service, explain
-from wrinklefree.serving.text_stream import Finish
+from wrinklefree.serving.text_stream import Finish, Piece
 
 KEEP_ALIVE_SECONDS = 10.0
 """A stream without text says so this often, so that proxies do not take it for dead."""
@@ -98,11 +98,12 @@ class _Answer(Response):
             ) as items:
                 started = True
                 async for item in items:
-                    if item is not None and isinstance(item[1], Finish):
-                        finished, unfinished = finished + item[1].tokens, 0
-                    elif item is not None:
-                        unfinished += len(item[1].tokens)
-                        if first is None and item[1].tokens:
+                    event = None if item is None else item[1]
+                    if isinstance(event, Finish):
+                        finished, unfinished = finished + event.tokens, 0
+                    elif isinstance(event, Piece):
+                        unfinished += len(event.tokens)
+                        if first is None and event.tokens:
                             first = time.monotonic()
                             service.metrics.first_text(first - arrived)
                     yield item
