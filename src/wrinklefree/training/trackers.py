@@ -221,8 +221,11 @@ class Trackio:
 
     def finish(self, *, finished: bool) -> None:
         """Write what is queued."""
+        import trackio
+
         with _quiet():
-            self._run.finish()
+            # The module's own function: after the run's, trackio would finish it once more at the exit, and print.
+            trackio.finish()
 
 
 class WandB:
