@@ -84,6 +84,8 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nagain\n"))
     engine.delay = 0.5
+    # A shell that starts the tests in the background has interrupts ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         until(lambda: engine.at_work == 1)
@@ -93,7 +95,10 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    assert Terminal(engine).converse(Request()) == 0
+    try:
+        assert Terminal(engine).converse(Request()) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     printed = capsys.readouterr()
     assert "; interrupted]" in printed.err
