@@ -128,6 +128,11 @@ class PieceCursor(Generic[Document]):
         self._block = self._make_block(state["block"])
         self._prepare(state["block"] + 1)
 
+    def settle(self) -> None:
+        """Wait for the block that is being made ahead: afterwards nothing reads the source until the next call."""
+        if self._ahead is not None:
+            self._ahead.exception()
+
     def _prepare(self, number: int) -> None:
         self._ahead = self._pool.submit(self._make_block, number)
 
@@ -168,6 +173,11 @@ class Lane:
         self._cursors = list(cursors)
         self._length, self._packing = length, packing
         self._packer = Packer(length, enabled=packing != "none")
+
+    def settle(self) -> None:
+        """See `PieceCursor`."""
+        for cursor in self._cursors:
+            cursor.settle()
 
     def next_row(self) -> Row:
         """The next row."""
@@ -285,7 +295,9 @@ class TextStream:
             lane.load_state_dict(state["lanes"][str(number)])
 
     def close(self) -> None:
-        """End worker processes."""
+        """End worker processes; no thread reads a source any more."""
+        for lane in self._lanes.values():
+            lane.settle()
         if self._close is not None:
             self._close()
 
