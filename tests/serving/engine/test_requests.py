@@ -96,10 +96,11 @@ def test_cancelled_requests_are_never_begun() -> None:
 
 
 def test_closing_wakes_a_reader_in_another_thread_and_interrupts_the_worker() -> None:
-    interrupted = threading.Event()
+    started, interrupted = threading.Event(), threading.Event()
 
     def work(request: Request) -> None:
         request.on_cancel(interrupted.set)
+        started.set()
         assert interrupted.wait(10)
 
     pool = WorkerPool(1, work, name="test")
@@ -107,11 +108,12 @@ def test_closing_wakes_a_reader_in_another_thread_and_interrupts_the_worker() ->
     seen: list[list[Token]] = []
     reader = threading.Thread(target=lambda: seen.append(list(stream)))
     reader.start()
+    assert started.wait(10)  # a request that is cancelled before its turn is never worked on
     stream.close()
     stream.close()
     reader.join(10)
     assert seen == [[]]
-    assert interrupted.is_set()
+    assert interrupted.wait(10)
     pool.close()
 
 
