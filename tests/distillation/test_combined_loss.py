@@ -6,10 +6,15 @@ import torch
 from torch import Tensor
 
 from wrinklefree.distillation.attention_loss import AttentionRelations
-from wrinklefree.distillation.combined_loss import compared_layers, resolve_form, stage3_objective
+from wrinklefree.distillation.combined_loss import (
+    compared_layers,
+    resolve_form,
+    stage3_objective,
+    taught_language_model_objective,
+)
 from wrinklefree.distillation.config import AttentionConfig, DistillationConfig, LogitsConfig
 from wrinklefree.distillation.logits_loss import LogitsDistillation
-from wrinklefree.models.records import QKV, ModelOutput, Wants
+from wrinklefree.models.records import IGNORE, QKV, ModelOutput, Wants
 from wrinklefree.utils.errors import ConfigError
 
 
@@ -53,6 +58,22 @@ def test_total_is_equation_13(make, architecture) -> None:
         losses.total.detach(), terms["cross_entropy"] + 3.0 * terms["logits"] + 7.0 * terms["attention"]
     )
     assert not any(term.requires_grad for term in terms.values())
+
+
+def test_stage_2_with_a_teacher_adds_the_weighted_kl(make, architecture) -> None:
+    batch, student, teacher = make.batch([[7, 5], [9]], 12), make.output(2, 12, gradients=True), make.output(2, 12)
+    objective = taught_language_model_objective(0.5, 2.0, architecture(), architecture())
+    losses = objective(student, teacher, batch, objective.counts(batch))
+    targets = batch.labels != IGNORE
+    log_p, log_q = (
+        torch.log_softmax(output.hidden[targets] @ output.head_weight.T / 2.0, -1).detach()
+        for output in (teacher, student)
+    )
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    torch.testing.assert_close(losses.terms["logits"], divergence)
+    torch.testing.assert_close(losses.total.detach(), losses.terms["cross_entropy"] + 0.5 * divergence)
+    with pytest.raises(ConfigError, match="both need the same tokenizer"):
+        taught_language_model_objective(0.5, 2.0, architecture(), architecture(vocab_size=7))
 
 
 def test_a_term_of_weight_zero_is_left_out(make, architecture) -> None:

@@ -81,6 +81,23 @@ def test_stages_hand_over_and_find_each_other(
     assert "already complete" not in caplog.text
 
 
+def test_the_base_model_teaches_stage_2_where_its_logits_have_a_weight(
+    overrides: list[str], text: list[str], tmp_path: Path
+) -> None:
+    run(*overrides, "training=stage1_subln", *text, *SHORT)
+    run(*overrides, "training=stage2_pretrain", *text, *SHORT, *STEPS)
+    run(*overrides, "training=stage2_pretrain", *text, *SHORT, *STEPS, "training.logits.weight=1")
+    runs = (tmp_path / "outputs" / "bitdistill_tiny_continue_pretrain" / "runs").iterdir()
+    metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in runs]
+    plain, taught = sorted(metrics, key=lambda lines: "logits" in lines[0]["terms"])
+    assert "logits" not in plain[0]["terms"]
+    assert taught[0]["terms"]["logits"] > 0
+    assert taught[0]["terms"]["cross_entropy"] == plain[0]["terms"]["cross_entropy"]
+    assert taught[0]["loss"] == pytest.approx(sum(taught[0]["terms"].values()))
+    artifact = read_artifact(tmp_path / "outputs" / "bitdistill_tiny_continue_pretrain" / "stage2_checkpoint")
+    assert [parent["role"] for parent in artifact.lineage["parents"]] == ["init", "teacher"]
+
+
 def test_metrics_and_plot_of_a_run(overrides: list[str], text: list[str], tmp_path: Path) -> None:
     run(*overrides, "training=fp_pretrain", *text, *SHORT, *STEPS)
     [folder] = (tmp_path / "outputs" / "bitdistill_tiny_fp_pretrain" / "runs").iterdir()

@@ -74,6 +74,19 @@ def language_model_objective() -> WeightedSum:
     return WeightedSum([CrossEntropy()], {CROSS_ENTROPY: 1.0})
 
 
+def taught_language_model_objective(
+    weight: float, temperature: float, architecture: Architecture, teacher_architecture: Architecture
+) -> WeightedSum:
+    """Stage 2 with a teacher: cross-entropy plus `weight` x KL(teacher || student) at the targets.
+
+    Raises:
+        ConfigError: Vocabularies differ.
+    """
+    _check_vocabularies(architecture, teacher_architecture)
+    term = LogitsDistillation(temperature=temperature, t_squared=False, positions="response", with_cross_entropy=True)
+    return WeightedSum([term], {CROSS_ENTROPY: 1.0, LOGITS: weight})
+
+
 def layerwise_objective(config: LayerwiseConfig, architecture: Architecture) -> WeightedSum:
     """Stage 1.9: alignment of all block outputs, plus `lm_loss_weight` of cross-entropy."""
     weights = layer_weights(config.layer_weights, architecture.num_hidden_layers, normalize=config.normalize)
@@ -110,12 +123,8 @@ def stage3_objective(
     """
     resolved = resolve_form(config)
     gamma = config.published_gamma if config.gamma_attention == "published" else config.gamma_attention
-    if (config.lambda_logits > 0 or gamma != 0) and architecture.vocab_size != teacher_architecture.vocab_size:
-        raise ConfigError(
-            f"the teacher's vocabulary has {teacher_architecture.vocab_size} entries, the student's "
-            f"{architecture.vocab_size}: distillation compares tokens, so both need the same tokenizer; "
-            "choose another training.teacher.source"
-        )
+    if config.lambda_logits > 0 or gamma != 0:
+        _check_vocabularies(architecture, teacher_architecture)
     terms: list[Term] = []
     weights: dict[str, float | Literal["auto"]] = {CROSS_ENTROPY: 1.0}
     if config.lambda_logits > 0:
@@ -136,6 +145,14 @@ def stage3_objective(
         if gamma != "auto":
             _warn_if_negligible(gamma, resolved.form, config.attention.relation_heads)
     return WeightedSum(terms, weights)
+
+
+def _check_vocabularies(student: Architecture, teacher: Architecture) -> None:
+    if student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"the teacher's vocabulary has {teacher.vocab_size} entries, the student's {student.vocab_size}: "
+            "distillation compares tokens, so both need the same tokenizer; choose another training.teacher.source"
+        )
 
 
 def compared_layers(layer: int | Literal["auto"], student_layers: int, teacher_layers: int) -> tuple[int, int]:

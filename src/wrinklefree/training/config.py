@@ -56,7 +56,7 @@ class ScheduleConfig(Config):
 class WarmupConfig(Config):
     """`training.quantization_warmup`: how lambda (and the SubLN strength, where stage 1 left it at 0) rises to 1."""
 
-    schedule: Literal["none", "linear", "cosine"] = "none"
+    schedule: Literal["none", "linear", "cosine", "sigmoid"] = "none"
     """none: fully quantized from the first step."""
     share: float = Field(default=0.2, gt=0, le=0.8)
     """Share of the run spent rising, at most `max_steps` steps."""
@@ -142,10 +142,20 @@ class Stage19Config(StageConfig):
     stage: Literal["stage1_9"] = "stage1_9"
 
 
+class PretrainLogitsConfig(Config):
+    """`training.logits`: KL of the pretrained model's next-token distribution beside the cross-entropy of stage 2."""
+
+    weight: float = Field(default=0.0, ge=0)
+    """Factor of the KL, a mean over the tokens of text. 0 (the paper): no teacher is loaded."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Divides the logits of both models; the KL is not multiplied by its square."""
+
+
 class Stage2Config(StageConfig):
     """Stage 2: continue pretraining, ternary."""
 
     stage: Literal["stage2"] = "stage2"
+    logits: PretrainLogitsConfig = PretrainLogitsConfig()
 
 
 class TeacherConfig(Config):

@@ -34,7 +34,7 @@ from wrinklefree.training.memory_model import (
 )
 from wrinklefree.training.optimizers import resolve_optimizer
 from wrinklefree.training.plan import steps_for
-from wrinklefree.training.stages import STAGES
+from wrinklefree.training.stages import STAGES, teacher_kind
 from wrinklefree.training.task_sizes import task_size
 from wrinklefree.utils.errors import ConfigError
 
@@ -130,11 +130,11 @@ def workload_of(
     """The work of one device in a stage that trains, fully quantized."""
     training, distillation, layerwise = config.training, config.distillation, config.layerwise
     assert isinstance(training, StageConfig)
-    stage = STAGES[config.training.stage]
+    stage, kind = STAGES[config.training.stage], teacher_kind(config)
     is_stage3, is_layerwise = isinstance(training, Stage3Config), stage.name == "stage1_9"
     relations = is_stage3 and distillation.gamma_attention != 0
-    logits_kl = is_stage3 and distillation.lambda_logits > 0
-    teacher = "none" if stage.teacher == "none" else "resident"
+    logits_kl = distillation.lambda_logits > 0 if is_stage3 else stage.name == "stage2" and kind != "none"
+    teacher = "none" if kind == "none" else "resident"
     if isinstance(training, Stage3Config):
         if training.teacher.offload:
             teacher = "offloaded"

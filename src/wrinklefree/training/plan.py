@@ -25,7 +25,7 @@ from wrinklefree.training.config import (
 )
 from wrinklefree.training.inputs import StageInput, find_input, find_task_teacher
 from wrinklefree.training.stage import Stage
-from wrinklefree.training.stages import STAGES
+from wrinklefree.training.stages import STAGES, teacher_kind
 from wrinklefree.utils.errors import ConfigError, NetworkError
 from wrinklefree.utils.run_fingerprint import Fingerprint, fingerprint
 
@@ -160,9 +160,10 @@ def plan_stage(
         source = find_input(
             stage, model_name=config.model.name, output_dir=output_dir, init_from=training.init_from, base=base
         )
-    if stage.teacher == "base":
+    taught_by = teacher_kind(config)
+    if taught_by == "base":
         teacher = base
-    elif stage.teacher == "task" and teacher is None:
+    elif taught_by == "task" and teacher is None:
         assert isinstance(training, Stage3Config)
         teacher = find_task_teacher(
             source=training.teacher.source,

@@ -1,15 +1,27 @@
-"""Stage 2: continue pretraining with ternary weights (arXiv:2510.13998, section 3.2): next-token cross-entropy."""
+"""Stage 2: continue pretraining with ternary weights (arXiv:2510.13998, section 3.2).
 
-from wrinklefree.distillation.combined_loss import language_model_objective
+Next-token cross-entropy; where `training.logits.weight` is above 0, also the KL from the pretrained model's next-token
+distribution, which is ours and not the paper's.
+"""
+
+from wrinklefree.distillation.combined_loss import language_model_objective, taught_language_model_objective
 from wrinklefree.distillation.objective import Objective
 from wrinklefree.models.config import Architecture
-from wrinklefree.training.config import RunConfig
+from wrinklefree.training.config import RunConfig, Stage2Config
 from wrinklefree.training.stage import TRAINING_SECTIONS, Stage
 
 
 def cross_entropy(config: RunConfig, student: Architecture, teacher: Architecture | None) -> Objective:
     """Cross-entropy at the targets: every token of text, the response tokens of a task."""
     return language_model_objective()
+
+
+def _objective(config: RunConfig, student: Architecture, teacher: Architecture | None) -> Objective:
+    training = config.training
+    assert isinstance(training, Stage2Config)
+    if teacher is None:
+        return cross_entropy(config, student, teacher)
+    return taught_language_model_objective(training.logits.weight, training.logits.temperature, student, teacher)
 
 
 STAGE = Stage(
@@ -20,5 +32,5 @@ STAGE = Stage(
     reads=("stage1_9", "stage1"),
     ternary=True,
     sections=(*TRAINING_SECTIONS, "influence"),
-    objective=cross_entropy,
+    objective=_objective,
 )

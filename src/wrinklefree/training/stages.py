@@ -3,6 +3,8 @@
 from types import MappingProxyType
 
 from wrinklefree.training import pretrain, sft, stage1, stage1_9, stage2, stage3
+from wrinklefree.training.config import RunConfig, Stage2Config
+from wrinklefree.training.stage import TeacherKind
 
 STAGES = MappingProxyType(
     {
@@ -19,3 +21,11 @@ STAGES = MappingProxyType(
     }
 )
 """`training.stage` -> stage."""
+
+
+def teacher_kind(config: RunConfig) -> TeacherKind:
+    """Who teaches the stage of this command: its row's teacher, and the pretrained model where stage 2 asks for one."""
+    training = config.training
+    if isinstance(training, Stage2Config) and training.logits.weight > 0:
+        return "base"
+    return STAGES[training.stage].teacher
