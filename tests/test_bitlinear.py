@@ -56,6 +56,55 @@ def test_fused_path_equals_the_reference_in_float32(bits: int | None, bias: bool
     assert fused[2].dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "options", [{"scale_rule": "median"}, {"scale_rule": "learned"}, {"dead_zone_bias": 0.1}], ids=str
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_fused_path_equals_the_reference_with_every_option(options: dict[str, Any], bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(32, 24, bias, **options), make_input(3, 5, 32)
+    plain = make_layer(bias=bias)
+    plain.weight.data.copy_(layer.weight)
+    assert not torch.equal(layer(x), plain(x)) or options["scale_rule"] == "learned"
+    if layer.scale_gain is not None:
+        with torch.no_grad():
+            layer.scale_gain.fill_(1.2)
+        assert not torch.equal(layer(x), plain(x))
+    found: list[list[Tensor]] = []
+    for call in (layer, layer.reference_forward):
+        values = gradients(layer, call, x)
+        found.append([*values, *([] if layer.scale_gain is None else [cast("Tensor", layer.scale_gain.grad).clone()])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=5e-6, atol=5e-6)
+
+
+def test_the_dead_zone_adds_its_sum_and_gives_it_a_gradient() -> None:
+    layer = BitLinear(3, 2, dead_zone_bias=0.5)
+    with torch.no_grad():
+        # Scale 1, codes [[1, 0, 0], [-1, 0, 1]].
+        layer.weight.copy_(torch.tensor([[2.0, 0.4, -0.2], [-2.0, -0.4, 1.0]]))
+        cast("Tensor", layer.bias).copy_(torch.tensor([10.0, 20.0]))
+    folded = layer.folded_bias()
+    assert folded is not None
+    torch.testing.assert_close(folded, torch.tensor([10.1, 19.8]))
+    x = torch.tensor([[127.0, 0.0, 0.0]])
+    torch.testing.assert_close(layer(x), torch.tensor([[127 + 10.1, -127 + 19.8]]))
+    layer(x).sum().backward()
+    # The product's gradient is the input; weights of code 0 get half of the output's on top.
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.tolist() == [[127.0, 0.5, 0.5], [127.0, 0.5, 0.0]]
+
+
+def test_a_changed_gain_gets_new_codes() -> None:
+    torch.manual_seed(0)
+    layer, x = BitLinear(32, 24, scale_rule="learned"), make_input(3, 32)
+    before = layer(x)
+    with torch.no_grad():
+        cast("Tensor", layer.scale_gain).mul_(2)
+    torch.testing.assert_close(layer(x), layer.reference_forward(x), rtol=5e-6, atol=5e-6)
+    assert not torch.allclose(layer(x), before)
+
+
 @pytest.mark.parametrize("bits", [4, 8, None])
 def test_fused_path_is_as_close_to_float32_as_the_reference_in_bfloat16(bits: int | None) -> None:
     layer = make_layer(128, 64, bits=bits)
@@ -148,9 +197,9 @@ def test_layers_with_one_input_share_its_codes(monkeypatch: pytest.MonkeyPatch) 
 def count_ternarize(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
-    def counting(weight: Tensor) -> Any:
+    def counting(weight: Tensor, scale: Tensor | None = None) -> Any:
         calls.append(1)
-        return ternarize(weight)
+        return ternarize(weight, scale)
 
     monkeypatch.setattr("wrinklefree.models.bitlinear.ternarize", counting)
     return calls

@@ -5,6 +5,10 @@ with quantized values by lambda; it serves the warm-up. At lambda = 1 one autogr
 the compute dtype (codes up to +-128 are exact in bfloat16) and keeps int8 codes for the backward pass.
 
 Weight codes are computed once per weight version and reused by accumulation, recomputation, evaluation and generation.
+
+Two options change what a layer computes, both off by default: another scale (`quantization.weight_scale`), and the
+dead-zone bias (Tequila, arXiv:2509.23809): output channel j also gets share * sum of W_ji over the i whose code is 0. A
+weight between the thresholds then has a gradient of its own and is not only pushed by the rounding's identity.
 """
 
 from dataclasses import dataclass
@@ -17,8 +21,13 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
+from wrinklefree.quantization.options import WeightScale
 from wrinklefree.quantization.ste import integer_activation, ternary_weight
-from wrinklefree.quantization.weight_quant import ternarize
+from wrinklefree.quantization.weight_quant import Ternary, ternarize
+from wrinklefree.quantization.weight_scale import weight_scale, with_learned_scale
+
+GAIN = "scale_gain"
+"""Name of the parameter that a learned scale has."""
 
 
 class _IntegerMatmul(torch.autograd.Function):
@@ -94,10 +103,12 @@ class _WeightCodes:
     optimizer_steps: int
     codes: Tensor
     scale: Tensor
+    gain_version: int
 
-    def belongs_to(self, weight: Tensor, dtype: torch.dtype) -> bool:
+    def belongs_to(self, weight: Tensor, dtype: torch.dtype, gain_version: int) -> bool:
         return (
             self.version == weight._version
+            and self.gain_version == gain_version
             and self.optimizer_steps == _OptimizerSteps.count
             and self.codes.dtype == dtype
             and self.source.device == weight.device
@@ -113,6 +124,7 @@ class BitLinear(nn.Linear):
     """
 
     quantization_lambda: Tensor
+    scale_gain: nn.Parameter | None
 
     def __init__(
         self,
@@ -122,9 +134,15 @@ class BitLinear(nn.Linear):
         activation_bits: Literal[4, 8] | None = 8,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        scale_rule: WeightScale = "absmean",
+        dead_zone_bias: float = 0.0,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.activation_bits: Literal[4, 8] | None = activation_bits
+        self.scale_rule: WeightScale = scale_rule
+        self.dead_zone_bias = dead_zone_bias
+        learned = nn.Parameter(torch.ones(1, device=device, dtype=dtype)) if scale_rule == "learned" else None
+        self.register_parameter(GAIN, learned)
         # A tensor, so that a changing value is no new constant for torch.compile; on the CPU even when the module is
         # built on the meta device, because no checkpoint would fill it.
         self.register_buffer("quantization_lambda", torch.tensor(1.0, device="cpu"), persistent=False)
@@ -160,19 +178,46 @@ class BitLinear(nn.Linear):
         if self.gathered_scale is not None:
             return self.weight.detach().to(dtype), self.gathered_scale
         if torch.compiler.is_compiling() or not self.keeps_codes:
-            ternary = ternarize(self.weight)
+            ternary = self.ternary()
             return ternary.codes.to(dtype), ternary.scale
         cached = self._weight_codes
-        if cached is None or not cached.belongs_to(self.weight, dtype):
+        gain_version = 0 if self.scale_gain is None else self.scale_gain._version
+        if cached is None or not cached.belongs_to(self.weight, dtype, gain_version):
             # Codes first needed in an evaluation must also serve the training steps after it.
             with torch.inference_mode(False):
                 source = self.weight.detach()
-                ternary = ternarize(source)
+                ternary = self.ternary()
                 cached = _WeightCodes(
-                    source, source._version, _OptimizerSteps.count, ternary.codes.to(dtype), ternary.scale
+                    source, source._version, _OptimizerSteps.count, ternary.codes.to(dtype), ternary.scale, gain_version
                 )
             self._weight_codes = cached
         return cached.codes, cached.scale
+
+    def ternary(self) -> Ternary:
+        """Codes and scale of the current weight, without a gradient."""
+        return ternarize(self.weight.detach(), self._scale())
+
+    def folded_bias(self, codes: Tensor | None = None) -> Tensor | None:
+        """The bias with the dead-zone bias in it, which carries a gradient to weights of code 0; None without either.
+
+        Args:
+            codes: The weight's, where they are known.
+        """
+        if self.dead_zone_bias == 0:
+            return self.bias
+        codes = self.ternary().codes if codes is None else codes
+        dead = (self.weight.float() * (codes == 0)).sum(1) * self.dead_zone_bias
+        return dead if self.bias is None else dead + self.bias
+
+    def _scale(self) -> Tensor | None:
+        """The scale where a rule other than the default makes it."""
+        return None if self.scale_rule == "absmean" else weight_scale(self.weight, self.scale_rule, self.scale_gain)
+
+    def _trained_weight(self, codes: Tensor, scale: Tensor, strength: float) -> Tensor:
+        """The weight as the products' gradient finds it: it passes on the learned scale's."""
+        if self.scale_gain is None:
+            return self.weight
+        return with_learned_scale(self.weight, self.scale_gain, codes, scale, strength)
 
     def forward(self, input: Tensor, codes: ActivationCodes | None = None) -> Tensor:
         """`input @ W.T + bias` on quantized values, [..., in_features] to [..., out_features], in the compute dtype.
@@ -192,8 +237,9 @@ class BitLinear(nn.Linear):
             x_codes, x_scale = input.detach().to(dtype), None
         else:
             x_codes, x_scale = codes.codes, codes.scale
+        weight, bias = self._trained_weight(w_codes, w_scale, 1.0), self.folded_bias(w_codes)
         output: Any = _IntegerMatmul.apply(
-            input, self.weight, self.bias, x_codes, x_scale, w_codes, w_scale, self.overwrites_products
+            input, weight, bias, x_codes, x_scale, w_codes, w_scale, self.overwrites_products
         )
         return output
 
@@ -201,19 +247,35 @@ class BitLinear(nn.Linear):
         """The same function as a composition of straight-through estimators, at any lambda; caches nothing."""
         if self.gathered_scale is not None:
             raise RuntimeError("the weight was gathered as codes, and lambda below 1 needs full precision")
-        weight = ternary_weight(self.weight, self.quantization_lambda)
+        bias, scale, weight = self.bias, self._scale(), self.weight
+        if scale is not None or self.dead_zone_bias > 0:
+            # The dead zone's part grows with lambda, as the rounding does.
+            ternary = ternarize(self.weight.detach(), scale)
+            weight = self._trained_weight(ternary.codes, ternary.scale, self.lambda_value)
+            bias = self._mixed_bias(ternary.codes)
+        weight = ternary_weight(weight, self.quantization_lambda, scale)
         x = input
         if self.activation_bits is not None:
             x = integer_activation(input, self.activation_bits, self.quantization_lambda)
         weight = weight.to(self.weight.dtype)
-        return functional.linear(x.to(weight.dtype), weight, self.bias)
+        return functional.linear(x.to(weight.dtype), weight, bias)
+
+    def _mixed_bias(self, codes: Tensor) -> Tensor | None:
+        folded = self.folded_bias(codes)
+        if folded is None or folded is self.bias:
+            return self.bias
+        plain = torch.zeros_like(folded) if self.bias is None else self.bias
+        return (plain + self.quantization_lambda.to(folded.device) * (folded - plain)).to(self.weight.dtype)
 
 
 def make_linear(in_features: int, out_features: int, bias: bool, bitnet: BitNetSpec | None) -> nn.Linear:
     """A BitLinear as the spec says, or a plain linear layer where there is none."""
     if bitnet is None:
         return nn.Linear(in_features, out_features, bias)
-    return BitLinear(in_features, out_features, bias, bitnet.activation_bits)
+    return BitLinear(
+        in_features, out_features, bias, bitnet.activation_bits,
+        scale_rule=bitnet.weight_scale, dead_zone_bias=bitnet.dead_zone_bias,
+    )  # fmt: skip
 
 
 def project(x: Tensor, layers: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:

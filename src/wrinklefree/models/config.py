@@ -7,6 +7,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from wrinklefree.quantization.options import WeightScale
 from wrinklefree.utils.config import Config
 
 Placement = Literal["none", "output", "per_projection"]
@@ -68,6 +69,12 @@ class Quantization(Config):
     """Always 1.58: three values, log2(3) bits."""
     activation_bits: Literal[4, 8] | None = 8
     """Bits of the per-token activation codes; null turns activation quantization off."""
+    weight_scale: WeightScale = "absmean"
+    """What multiplies codes to weights, and halved is their threshold: the mean of |W| (the paper), its median
+    (arXiv:2407.09527), or its mean times a trained factor (as SEQ, arXiv:2502.02631). Read by stage 1; exports fold it."""
+    dead_zone_bias: float = Field(default=0.0, ge=0)
+    """Weights whose code is 0 are summed by output channel, times this, and added to the output, so that they get a
+    gradient of their own (Tequila, arXiv:2509.23809, at 1e-3). 0: none. Read by stage 1; exports fold it into biases."""
 
 
 class BitNetSpec(Config):
@@ -76,10 +83,17 @@ class BitNetSpec(Config):
     placement: Placement
     gain: Gain
     activation_bits: Literal[4, 8] | None = 8
+    weight_scale: WeightScale = "absmean"
+    dead_zone_bias: float = Field(default=0.0, ge=0)
     quantization_lambda: float = Field(default=0.0, ge=0, le=1)
     """0: full-precision function; 1: fully quantized. Never decreases along a chain of stages."""
     subln_strength: float = Field(default=1.0, ge=0, le=1)
     """0: SubLN is the identity; 1: true SubLN. Never decreases along a chain of stages."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether codes and scale follow from the weight alone, as files and engines take it; else `models.folding`."""
+        return self.weight_scale == "absmean" and self.dead_zone_bias == 0
 
 
 class ModelConfig(Config):

@@ -18,10 +18,12 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from wrinklefree.models.bitlinear import GAIN
 from wrinklefree.models.config import BitNetSpec, Gain, Placement
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
-from wrinklefree.models.weights import assemble
+from wrinklefree.models.weights import assemble, parameter_shapes
+from wrinklefree.quantization.options import WeightScale
 from wrinklefree.utils.errors import ConfigError
 
 SITES: dict[Placement, dict[str, str]] = {
@@ -46,6 +48,8 @@ def to_bitnet(
     activation_bits: Literal[4, 8] | None,
     strength: float,
     calibration: Sequence[Batch],
+    weight_scale: WeightScale = "absmean",
+    dead_zone_bias: float = 0.0,
 ) -> CausalLM:
     """A ternary model (still at lambda 0) with the weights of `model`, which is left as it was.
 
@@ -56,6 +60,8 @@ def to_bitnet(
         activation_bits: Bits of the activation codes; None leaves activations unquantized.
         strength: SubLN strength to start at: 0 keeps the function of `model` exactly, 1 is the norm.
         calibration: Text that gains other than `ones` are measured on.
+        weight_scale: What multiplies codes to weights.
+        dead_zone_bias: Share of the weights of code 0 that is added to the output; 0 for none.
 
     Raises:
         ConfigError: the model is ternary already, or there is no text to calibrate on.
@@ -68,10 +74,14 @@ def to_bitnet(
         placement=placement,
         gain=gain,
         activation_bits=activation_bits,
+        weight_scale=weight_scale,
+        dead_zone_bias=dead_zone_bias,
         subln_strength=1.0 if placement == "none" else strength,
     )
     gains = calibrate_gains(model, placement, gain, calibration)
     tensors = [*((name, parameter.detach()) for name, parameter in model.named_parameters()), *gains.items()]
+    if weight_scale == "learned":
+        tensors += [(name, torch.ones(1)) for name in parameter_shapes(model.architecture, spec) if name.endswith(GAIN)]
     embedding = model.model.embed_tokens.weight
     return assemble(
         model.architecture, spec, tensors, source="the model", device=embedding.device, dtype=embedding.dtype

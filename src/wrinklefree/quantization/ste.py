@@ -18,10 +18,10 @@ def straight_through(value: Tensor, quantized: Tensor, strength: Tensor | float)
     return value + (strength * (quantized - value)).detach()
 
 
-def ternary_weight(weight: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-    """The weight moved towards its ternary value by `strength`, in float32."""
+def ternary_weight(weight: Tensor, strength: Tensor | float = 1.0, scale: Tensor | None = None) -> Tensor:
+    """The weight moved towards its ternary value by `strength`, in float32; `scale` as in `ternarize`."""
     master = weight.float()
-    return straight_through(master, ternarize(weight).dequantize(), strength)
+    return straight_through(master, ternarize(weight, scale).dequantize(), strength)
 
 
 def integer_activation(x: Tensor, bits: int, strength: Tensor | float = 1.0) -> Tensor:

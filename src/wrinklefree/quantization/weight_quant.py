@@ -27,15 +27,17 @@ class Ternary:
         return (self.codes.to(torch.float32) * self.scale).to(dtype)
 
 
-def ternarize(weight: Tensor) -> Ternary:
+def ternarize(weight: Tensor, scale: Tensor | None = None) -> Ternary:
     """Round a weight to {-1, 0, 1} times its mean magnitude, in float32 (arXiv:2510.13998, eq. 1-2).
 
-    scale = max(mean |W|, 1e-5); codes = clip(round(W / scale), -1, 1), ties to even. The result carries no gradient. A
-    NaN or an infinity in the weight makes the scale NaN or infinite, so it is not lost in the integer codes.
+    scale = max(mean |W|, 1e-5), or the one given (see `weight_scale`); codes = clip(round(W / scale), -1, 1), ties to
+    even. The result carries no gradient. A NaN or an infinity in the weight makes the scale NaN or infinite, so it is
+    not lost in the integer codes.
     """
     with torch.no_grad():
         master = weight.to(torch.float32)
-        scale = master.abs().mean().clamp(min=MIN_WEIGHT_SCALE)
+        if scale is None:
+            scale = master.abs().mean().clamp(min=MIN_WEIGHT_SCALE)
         codes = round_to_codes(master, scale)
     return Ternary(codes, scale)
 

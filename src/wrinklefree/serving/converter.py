@@ -16,6 +16,7 @@ from typing import Any, Literal
 from wrinklefree.models import gguf_names as names
 from wrinklefree.models.artifact import WEIGHTS, Artifact, read_artifact
 from wrinklefree.models.config import Architecture, BitNetSpec, Placement
+from wrinklefree.models.folding import folded
 from wrinklefree.models.gguf_weights import CONFIG_KEY, FOLDED_KEY, GAINS_KEY
 from wrinklefree.models.padding import EpsilonChange, Padding, plan_padding
 from wrinklefree.quantization.packing import TERNARY_FORMATS, TernaryFormat
@@ -106,6 +107,11 @@ def convert(options: ConversionOptions) -> Conversion:
     artifact = read_artifact(options.input)
     _check_output(options.output, artifact.folder)
     refuse_unfinished(artifact.bitnet, source=str(artifact.folder))
+    with folded(artifact, options.output) as plain:
+        return _convert(plain, options)
+
+
+def _convert(artifact: Artifact, options: ConversionOptions) -> Conversion:
     plan = make_plan(artifact.architecture, artifact.bitnet, options)
     source = TensorSource(artifact.folder / WEIGHTS)
     tensors = list(plan.tensors(source))

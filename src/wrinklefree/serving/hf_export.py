@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from wrinklefree.models.artifact import WEIGHTS, Artifact, read_artifact
+from wrinklefree.models.folding import folded
 from wrinklefree.models.weights import parameter_shapes
 from wrinklefree.quantization.weight_quant import ternarize
 from wrinklefree.serving import hf_modeling
@@ -94,14 +95,21 @@ def export_hf(
     """
     artifact = read_artifact(folder)
     refuse_unfinished(artifact.bitnet, source=str(artifact.folder))
-    if rest is None:
-        rest = torch.float32 if weights == "f32" else torch.bfloat16
-    forms = Forms(weights, rest, linear_class)
-    name = choose_layout(layout, artifact.architecture, artifact.bitnet, forms)
-    plan = build_layout(name, artifact.architecture, artifact.bitnet, forms)
     final = Path(output).absolute()
     refuse_foreign_folder(final)
     refuse_inside(final, artifact.folder)
+    if rest is None:
+        rest = torch.float32 if weights == "f32" else torch.bfloat16
+    with folded(artifact, final) as plain:
+        return _export(plain, final, layout, Forms(weights, rest, linear_class), figures or {}, shard_bytes)
+
+
+def _export(
+    artifact: Artifact, final: Path, layout: LayoutName | Literal["auto"], forms: Forms, figures: Mapping[str, str],
+    shard_bytes: int,
+) -> Export:  # fmt: skip
+    name = choose_layout(layout, artifact.architecture, artifact.bitnet, forms)
+    plan = build_layout(name, artifact.architecture, artifact.bitnet, forms)
     total = sum(stored.entry.size for stored in plan.tensors)
     check_space(final, total)
     temporary = temporary_folder(final)
@@ -109,7 +117,7 @@ def export_hf(
         with explained(final, needed=total):
             digests = _write_weights(temporary, artifact, plan, shard_bytes)
             _write_tokenizer(temporary, artifact)
-        _write_texts(temporary, artifact, plan, figures or {})
+        _write_texts(temporary, artifact, plan, figures)
         scale_change = verify_codes(temporary, artifact, plan)
         record = {"kind": KIND, "layout": plan.name, "class": plan.class_name, "source": artifact.fingerprint}
         write_manifest(temporary, record, digests=digests)

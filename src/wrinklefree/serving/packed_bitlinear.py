@@ -42,8 +42,9 @@ class PackedBitLinear(nn.Module):
     @classmethod
     def pack(cls, layer: nn.Linear, activation_bits: Literal[4, 8] | None = 8) -> "PackedBitLinear":
         """The packed form of a layer, whose weight is ternarized; a `BitLinear` brings its own activation bits."""
-        bits = layer.activation_bits if isinstance(layer, BitLinear) else activation_bits
-        return cls(ternarize(layer.weight.detach()), layer.bias, bits)
+        if isinstance(layer, BitLinear):
+            return cls(layer.ternary(), layer.folded_bias(), layer.activation_bits)
+        return cls(ternarize(layer.weight.detach()), layer.bias, activation_bits)
 
     @property
     def weight(self) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from wrinklefree.models.bitlinear import BitLinear
 from wrinklefree.models.shards import is_sharded, rows_here
-from wrinklefree.quantization.weight_quant import MIN_WEIGHT_SCALE, Ternary, round_to_codes, ternarize
+from wrinklefree.quantization.weight_quant import MIN_WEIGHT_SCALE, Ternary, round_to_codes
 from wrinklefree.training.plots import Curve, Panel, draw_curves
 from wrinklefree.utils.storage import atomic_write, explained
 
@@ -416,7 +416,7 @@ def _ternary_here(layer: BitLinear) -> tuple[Tensor, Ternary]:
     """The weights of a layer that this process holds, and their codes."""
     weight = rows_here(layer.weight).local
     if not is_sharded(layer.weight):
-        return weight, ternarize(weight)
+        return weight, layer.ternary()
     scale = layer.gathered_scale
     if scale is None:  # of these rows only, until codes are gathered
         scale = weight.abs().mean().clamp(min=MIN_WEIGHT_SCALE)

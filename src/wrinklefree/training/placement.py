@@ -15,6 +15,7 @@ import torch
 from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.artifact import read_artifact
 from wrinklefree.models.bitlinear import quantization_of, set_quantization
+from wrinklefree.models.config import BitNetSpec, Quantization
 from wrinklefree.models.hf import load_pretrained
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.shards import is_sharded, whole
@@ -24,6 +25,7 @@ from wrinklefree.training.config import DistributedConfig, RunConfig
 from wrinklefree.training.device import Compute
 from wrinklefree.training.inputs import StageInput
 from wrinklefree.utils import distributed
+from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +53,21 @@ def load_model(
     if source.path is None:
         return load_pretrained(config.model, cut=cut)
     artifact = read_artifact(source.path, expect_architecture=config.model.architecture, expect_bitnet=ternary)
+    if artifact.bitnet is not None:
+        _check_options(config.model.quantization, artifact.bitnet, source)
     return artifact.load_model(cut=cut), artifact.load_tokenizer()
+
+
+def _check_options(wanted: Quantization, found: BitNetSpec, source: StageInput) -> None:
+    """Stage 1 decides how weights are quantized; asking for something else later would be ignored in silence."""
+    default = Quantization()
+    for key in ("weight_scale", "dead_zone_bias"):
+        asked, has = getattr(wanted, key), getattr(found, key)
+        if asked not in (getattr(default, key), has):
+            raise ConfigError(
+                f"model.quantization.{key}={asked}, but {source.describe()} was made with {has}: stage 1 decides this; run "
+                f"training=stage1_subln with it, or leave it out"
+            )
 
 
 def place_student(config: RunConfig, compute: Compute, load: Callable[[Cut | None], CausalLM]) -> Student:
@@ -124,6 +140,12 @@ class Cutter:
 
         if self._frozen:
             model.requires_grad_(False)
+        if model.bitnet is not None and not model.bitnet.is_plain:
+            raise ConfigError(
+                f"distributed={self._config.name} shards weights by rows, and model.quantization.weight_scale="
+                f"{model.bitnet.weight_scale}, dead_zone_bias={model.bitnet.dead_zone_bias:g} need whole ones; train with "
+                "distributed=single_gpu, or start from a stage 1 without these options"
+            )
         sharding = sharding_for(self._config, self._compute)
         self.codes = shard(model, sharding)
         materialise(model, torch.device("cpu") if sharding.offload else self._compute.device)

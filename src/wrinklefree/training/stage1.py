@@ -31,6 +31,8 @@ def insert_subln(config: RunConfig, model: CausalLM, tokenizer: TextTokenizer) -
         placement=config.subln.placement,
         gain=config.subln.gain,
         activation_bits=config.model.quantization.activation_bits,
+        weight_scale=config.model.quantization.weight_scale,
+        dead_zone_bias=config.model.quantization.dead_zone_bias,
         strength=0.0 if config.subln.warmup else 1.0,
         calibration=_calibration_text(config, tokenizer),
     )

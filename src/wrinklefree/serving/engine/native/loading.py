@@ -41,4 +41,9 @@ def _load_gguf(file: GGUFFile, head: HeadType) -> tuple[PackedModel, TextTokeniz
 def _ternary(path: Path, bitnet: BitNetSpec | None) -> BitNetSpec:
     if bitnet is None:
         raise ConfigError(f"{path} holds a full-precision model and the CPU engine runs ternary ones; use torch")
+    if not bitnet.is_plain:
+        raise ConfigError(
+            f"{path} has weight_scale={bitnet.weight_scale}, dead_zone_bias={bitnet.dead_zone_bias:g}, which the CPU engine "
+            "does not compute; convert it with scripts/convert_to_gguf.py, which folds them, and run the file"
+        )
     return bitnet
