@@ -75,15 +75,25 @@ def language_model_objective() -> WeightedSum:
 
 
 def taught_language_model_objective(
-    weight: float, temperature: float, architecture: Architecture, teacher_architecture: Architecture
+    weight: float,
+    temperature: float,
+    architecture: Architecture,
+    teacher_architecture: Architecture,
+    token_scaling: float | None = None,
 ) -> WeightedSum:
-    """Stage 2 with a teacher: cross-entropy plus `weight` x KL(teacher || student) at the targets.
+    """Stage 2 with a teacher: cross-entropy plus `weight` x KL(teacher || student) at the targets, scaled as given.
 
     Raises:
         ConfigError: Vocabularies differ.
     """
     _check_vocabularies(architecture, teacher_architecture)
-    term = LogitsDistillation(temperature=temperature, t_squared=False, positions="response", with_cross_entropy=True)
+    term = LogitsDistillation(
+        temperature=temperature,
+        t_squared=False,
+        positions="response",
+        with_cross_entropy=True,
+        token_scaling=token_scaling,
+    )
     return WeightedSum([term], {CROSS_ENTROPY: 1.0, LOGITS: weight})
 
 
@@ -128,6 +138,11 @@ def stage3_objective(
     terms: list[Term] = []
     weights: dict[str, float | Literal["auto"]] = {CROSS_ENTROPY: 1.0}
     if config.lambda_logits > 0:
+        if config.logits.token_scaling is not None and resolved.positions == "all":
+            raise ConfigError(
+                f"distillation.logits.token_scaling={config.logits.token_scaling:g} weighs targets by the teacher's "
+                "cross-entropy, and a prompt has none: set distillation.logits.positions=response, or token_scaling=null"
+            )
         weights[LOGITS] = config.lambda_logits
         terms.append(
             LogitsDistillation(
@@ -135,6 +150,7 @@ def stage3_objective(
                 t_squared=resolved.t_squared,
                 positions=resolved.positions,
                 with_cross_entropy=True,
+                token_scaling=config.logits.token_scaling,
             )
         )
     else:

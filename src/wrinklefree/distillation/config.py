@@ -15,6 +15,8 @@ class LogitsConfig(Config):
     """Multiply by temperature squared (the authors' code; the paper's equation 8 does not). null: the preset's."""
     positions: Literal["response", "all"] | None = None
     """Response targets only (paper), or all positions that are not padding (authors' code). null: the preset's."""
+    token_scaling: float | None = Field(default=None, gt=0)
+    """Tokens that surprise the teacher count more: the temperature of TSLD (arXiv:2308.06744), where it is 10. null: alike."""
 
 
 class AttentionConfig(Config):

@@ -5,7 +5,8 @@ them. Here a block of rows is multiplied by the head, both losses and their grad
 taken in float32, the gradient is folded into those of the hidden states and of the head, and the block is dropped.
 
 The gradients are made in the forward pass, so each loss's factor must be known there; in exchange nothing is computed
-twice and nothing of size [rows, V] outlives its block.
+twice and nothing of size [rows, V] outlives its block. On a CPU a large vocabulary is cut into blocks as well
+(`vocabulary_blocks`).
 
 Rows: only rows that some loss needs reach the head. Picking them needs their number on the host. A batch knows its
 targets before it is moved (`Batch.num_targets`), so nothing waits for the device; where the number is unknown and
@@ -23,12 +24,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from wrinklefree.distillation.vocabulary_blocks import Student, TeacherSide, blocked_losses
 from wrinklefree.models.records import IGNORE
 
 CHUNK_BYTES = {"cpu": 8 * 2**20}
 """Bytes of one float32 block of logits by device type; on a CPU a block should stay in the cache."""
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 """For every other device: accelerators need larger blocks to be busy."""
+FEWEST_ROWS_A_CHUNK = 256
+"""On a CPU, where the byte budget allows fewer rows than this (above 8192 words), blocks of the vocabulary are used."""
 
 
 ReadRows = Callable[[slice], Tensor]
@@ -40,7 +44,7 @@ class Targets(Protocol):
 
     @property
     def rows(self) -> Tensor:
-        """[N] boolean: rows that the KL counts."""
+        """[N]: rows that the KL counts, boolean, or how much it counts them."""
         ...
 
     @property
@@ -144,6 +148,12 @@ def head_losses(
         temperature=soft.temperature if soft else 1.0,
         t_squared=soft.t_squared if soft else False,
         gradients=torch.is_grad_enabled(),
+        by_vocabulary=(
+            hidden_ND.device.type == "cpu"
+            and chunk_rows is None
+            and rows_a_chunk("cpu", head_VD.shape[0]) < FEWEST_ROWS_A_CHUNK
+            and (soft is None or isinstance(soft, SoftTargets))
+        ),
     )
     total, cross_entropy, divergence = _HeadLosses.apply(hidden_ND, head_VD, labels_N, soft, spec)
     return HeadLosses(total, cross_entropy.detach(), divergence.detach())
@@ -158,6 +168,7 @@ class _Spec:
     temperature: float
     t_squared: bool
     gradients: bool
+    by_vocabulary: bool = False
 
 
 class _HeadLosses(torch.autograd.Function):
@@ -171,6 +182,8 @@ class _HeadLosses(torch.autograd.Function):
         spec: _Spec,
     ) -> tuple[Tensor, Tensor, Tensor]:
         hidden_needs, head_needs = (spec.gradients and needs for needs in ctx.needs_input_grad[:2])
+        if spec.by_vocabulary:
+            return _HeadLosses._forward_by_vocabulary(ctx, hidden, head, labels, soft, spec)
         grad_hidden = torch.zeros_like(hidden) if hidden_needs else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if head_needs else None
         sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
@@ -196,12 +209,29 @@ class _HeadLosses(torch.autograd.Function):
                     grad_hidden[part] = (gradient @ weight).to(hidden.dtype)
                 if grad_head is not None:
                     grad_head += gradient.T @ states
-        ctx.gradients = (grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
-        total = spec.cross_entropy_factor * sums[0] + spec.divergence_factor * sums[1]
-        cross_entropy, divergence = sums.unbind()
-        cross_entropy, divergence = cross_entropy.clone(), divergence.clone()
-        ctx.mark_non_differentiable(cross_entropy, divergence)
-        return total, cross_entropy, divergence
+        return _finish(ctx, sums, (grad_hidden, None if grad_head is None else grad_head.to(head.dtype)), spec)
+
+    @staticmethod
+    def _forward_by_vocabulary(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor | None, soft: Targets | None, spec: _Spec
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        teacher = None
+        if isinstance(soft, SoftTargets):
+            scale = soft.temperature**2 if soft.t_squared else 1.0
+            teacher = TeacherSide(
+                soft.hidden.detach(), soft.head.detach(), soft.rows, soft.temperature, scale, spec.divergence_factor
+            )
+        hidden_needs, head_needs = (spec.gradients and needs for needs in ctx.needs_input_grad[:2])
+        with torch.autocast(hidden.device.type, enabled=False):
+            losses = blocked_losses(
+                Student(hidden, head, labels, spec.cross_entropy_factor),
+                teacher,
+                spec.dtype,
+                hidden_needs=hidden_needs,
+                head_needs=head_needs,
+            )
+        sums = torch.stack([losses.cross_entropy, losses.divergence])
+        return _finish(ctx, sums, (losses.grad_hidden, losses.grad_head), spec)
 
     @staticmethod
     @once_differentiable
@@ -213,6 +243,18 @@ class _HeadLosses(torch.autograd.Function):
         ctx.gradients = None
         scaled = tuple(g if g is None else g.mul_(grad_outputs[0].to(g.dtype)) for g in (grad_hidden, grad_head))
         return (*scaled, None, None, None)
+
+
+def _finish(
+    ctx: Any, sums: Tensor, gradients: tuple[Tensor | None, Tensor | None], spec: _Spec
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keep the gradients for the backward pass; the total, and both sums apart."""
+    ctx.gradients = gradients
+    total = spec.cross_entropy_factor * sums[0] + spec.divergence_factor * sums[1]
+    cross_entropy, divergence = sums.unbind()
+    cross_entropy, divergence = cross_entropy.clone(), divergence.clone()
+    ctx.mark_non_differentiable(cross_entropy, divergence)
+    return total, cross_entropy, divergence
 
 
 def _cross_entropy_chunk(logits_CV: Tensor, labels_C: Tensor, spec: _Spec) -> tuple[Tensor, Tensor]:

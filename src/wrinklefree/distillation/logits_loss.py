@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from wrinklefree.distillation.head_losses import SoftTargets, Targets, head_losses, select_rows
+from wrinklefree.distillation.token_scaling import document_numbers, surprise, token_weights
 from wrinklefree.distillation.weighted_sum import CROSS_ENTROPY, TermValues, reciprocal, require_teacher
 from wrinklefree.models.records import IGNORE, Batch, ModelOutput, Wants
 
@@ -32,8 +33,14 @@ class LogitsDistillation:
         t_squared: bool,
         positions: Literal["response", "all"],
         with_cross_entropy: bool = False,
+        token_scaling: float | None = None,
     ) -> None:
-        """Settle the form; `with_cross_entropy` adds the value `cross_entropy` (saves a second pass over the head)."""
+        """Settle the form; `with_cross_entropy` adds the value `cross_entropy` (saves a second pass over the head).
+
+        `token_scaling` is the temperature of `token_weights`, for response positions; None counts tokens alike.
+        """
+        assert token_scaling is None or positions == "response", "only a target has a surprise"
+        self.token_scaling = token_scaling
         self.temperature = temperature
         self.t_squared = t_squared
         self.positions = positions
@@ -62,6 +69,11 @@ class LogitsDistillation:
         if rows is not None:
             labels_N, soft_N = labels_N[rows], soft_N[rows]
             hidden_ND, teacher_hidden_ND = hidden_ND.index_select(0, rows), teacher_hidden_ND.index_select(0, rows)
+        if self.token_scaling is not None:
+            documents_N = document_numbers(batch.document_ids)
+            documents_N = documents_N if rows is None else documents_N[rows]
+            surprise_N = surprise(teacher_hidden_ND, teacher.head_weight, labels_N.clamp(min=0))
+            soft_N = token_weights(surprise_N, documents_N, soft_N, self.token_scaling)
         soft = SoftTargets(teacher_hidden_ND, teacher.head_weight, soft_N, self.temperature, self.t_squared)
         return self._values(student, hidden_ND, labels_N, soft, counts, weights)
 

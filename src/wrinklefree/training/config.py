@@ -149,6 +149,8 @@ class PretrainLogitsConfig(Config):
     """Factor of the KL, a mean over the tokens of text. 0 (the paper): no teacher is loaded."""
     temperature: float = Field(default=1.0, gt=0)
     """Divides the logits of both models; the KL is not multiplied by its square."""
+    token_scaling: float | None = Field(default=None, gt=0)
+    """As `distillation.logits.token_scaling`."""
 
 
 class Stage2Config(StageConfig):
@@ -375,6 +377,11 @@ class RunConfig(Config):
             raise ValueError(
                 "training.teacher.cache is given, and distillation.lambda_logits=0 needs no teacher: set "
                 "training.teacher.cache=null, or distillation.lambda_logits=10"
+            )
+        if self.distillation.logits.token_scaling is not None:
+            raise ValueError(
+                f"distillation.logits.token_scaling={self.distillation.logits.token_scaling:g} needs the teacher's "
+                "cross-entropy, and training.teacher.cache holds its largest logits only: set one of them to null"
             )
         if isinstance(self.data, FinetuneData) and self.data.replay is not None:
             raise ValueError(

@@ -21,7 +21,10 @@ def _objective(config: RunConfig, student: Architecture, teacher: Architecture |
     assert isinstance(training, Stage2Config)
     if teacher is None:
         return cross_entropy(config, student, teacher)
-    return taught_language_model_objective(training.logits.weight, training.logits.temperature, student, teacher)
+    logits = training.logits
+    return taught_language_model_objective(
+        logits.weight, logits.temperature, student, teacher, token_scaling=logits.token_scaling
+    )
 
 
 STAGE = Stage(
