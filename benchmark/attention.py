@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benchmark.timing import Variant, comparison, keep_freed_memory
+from benchmark.timing import Variant, comparison
 from wrinklefree.models.attention import attend, document_mask, plan_attention
+from wrinklefree.utils.allocator import keep_large_buffers
 
 
 def packed_documents(length: int, documents: int) -> Tensor:
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    keep_large_buffers()
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
     heads = (arguments.heads, arguments.key_heads, arguments.key_heads)

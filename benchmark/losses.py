@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmark.peers import installed
-from benchmark.timing import Variant, comparison, keep_freed_memory
+from benchmark.timing import Variant, comparison
 from wrinklefree.distillation.head_losses import SoftTargets, head_losses
+from wrinklefree.utils.allocator import keep_large_buffers
 
 TEMPERATURE = 5.0
 
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    keep_large_buffers()
     case = Case(arguments.rows, arguments.hidden, arguments.vocabulary, getattr(torch, arguments.dtype))
     variants = {"dense": Variant(case.dense, case.leaves), "WrinkleFree": Variant(case.ours, case.leaves)}
     version = installed("liger-kernel")

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from benchmark.attention import packed_documents
-from benchmark.timing import Variant, comparison, keep_freed_memory
+from benchmark.timing import Variant, comparison
 from wrinklefree.distillation.attention_loss import relation_divergence
+from wrinklefree.utils.allocator import keep_large_buffers
 
 
 def dense_divergence(student: Tensor, teacher: Tensor, documents: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    keep_large_buffers()
     generator = torch.Generator().manual_seed(0)
     shape = (1, arguments.heads, arguments.length, arguments.width)
     students = [torch.randn(shape, generator=generator).requires_grad_() for _ in range(3)]

@@ -17,12 +17,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmark.peers import PEERS, installed, plain, sharing_copy
-from benchmark.timing import MIB, gradients, interleaved, keep_freed_memory, relative_error, saved_bytes
+from benchmark.timing import MIB, gradients, interleaved, relative_error, saved_bytes
 from wrinklefree.distillation.head_losses import head_losses
 from wrinklefree.models.bitlinear import BitLinear, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
+from wrinklefree.utils.allocator import keep_large_buffers
 
 OURS = "WrinkleFree"
 
@@ -86,6 +87,7 @@ class Step:
 def reference_gradients(model: CausalLM, batches: Sequence[Batch]) -> list[torch.Tensor]:
     """Gradients of the readable path, in float32."""
     readable = sharing_copy(model)
+    readable.activation_checkpointing = "full"
     for module in readable.modules():
         if isinstance(module, BitLinear):
             module.forward = module.reference_forward  # pyright: ignore[reportAttributeAccessIssue]
@@ -129,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--variants", nargs="+", default=[*PEERS, OURS])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    keep_freed_memory()
+    keep_large_buffers()
     torch.manual_seed(0)
     dtype = getattr(torch, arguments.dtype)
     architecture = smollm2_shape(arguments.layers, hidden=arguments.hidden, vocabulary=arguments.vocabulary)
@@ -146,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     kept: dict[str, int] = {}
     for name, step in steps.items():
         step()
-        found = gradients(list(step.model.parameters()))
+        found = [parameter.grad for parameter in step.model.parameters() if parameter.grad is not None]
         errors[name] = relative_error(found, dense if name == "nn.Linear" else ternary)
-        kept[name] = step.kept()
         step.model.zero_grad(set_to_none=True)
+        kept[name] = step.kept()
     del ternary, dense
     times = interleaved(steps, arguments.rounds)
     base_time, base_kept = times["nn.Linear"], kept["nn.Linear"]

@@ -4,7 +4,6 @@ A machine's speed changes from second to second with its neighbours. So variants
 counts, and ratios of these are what is reported.
 """
 
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -101,20 +100,6 @@ def gradients(leaves: Sequence[Tensor]) -> list[Tensor]:
         assert leaf.grad is not None
         copies.append(leaf.grad.detach().float().clone())
     return copies
-
-
-def keep_freed_memory() -> bool:
-    """Have glibc keep freed blocks for the next step instead of giving them back; whether it agreed.
-
-    By default it maps every large tensor anew, and the kernel clears each page when it is first touched: up to half of a
-    step's processor time, in both of what is compared. Where another allocator is used, nothing changes.
-    """
-    try:
-        mallopt: Any = ctypes.CDLL(None).mallopt
-    except AttributeError:
-        return False
-    never_map, never_trim = (-4, 0), (-1, -1)
-    return all(mallopt(*setting) == 1 for setting in (never_map, never_trim))
 
 
 @dataclass(frozen=True)
