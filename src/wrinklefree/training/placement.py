@@ -47,12 +47,26 @@ def is_cut(config: DistributedConfig) -> bool:
 
 
 def load_model(
-    source: StageInput, config: RunConfig, *, ternary: bool | None = None, cut: Cut | None = None
+    source: StageInput,
+    config: RunConfig,
+    *,
+    ternary: bool | None = None,
+    any_size: bool = False,
+    cut: Cut | None = None,
 ) -> tuple[CausalLM, TextTokenizer]:
-    """Weights and tokenizer of a stage's input; `ternary` says which kind it must be, where that matters."""
+    """Weights and tokenizer of a stage's input.
+
+    Args:
+        source: An artifact, or the pretrained model.
+        config: The run's.
+        ternary: Which kind it must be, where that matters.
+        any_size: Whether it may be another model than the command's: a teacher may be larger.
+        cut: Cuts it over processes.
+    """
     if source.path is None:
         return load_pretrained(config.model, cut=cut)
-    artifact = read_artifact(source.path, expect_architecture=config.model.architecture, expect_bitnet=ternary)
+    expected = None if any_size else config.model.architecture
+    artifact = read_artifact(source.path, expect_architecture=expected, expect_bitnet=ternary)
     if artifact.bitnet is not None:
         _check_options(config.model.quantization, artifact.bitnet, source)
     return artifact.load_model(cut=cut), artifact.load_tokenizer()

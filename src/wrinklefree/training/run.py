@@ -354,7 +354,7 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
     assert plan.stage.objective is not None
     teacher = teacher_architecture = None
     if plan.teacher is not None and cache_path(config) is None:
-        teacher, teacher_architecture = load_teacher(plan, plan.teacher, compute)
+        teacher, teacher_architecture = load_teacher(plan, plan.teacher, compute, tokenizer)
     stream = open_stream(config, tokenizer)
     rows, micro_batches = share_rows(stream, training)
     total_steps = steps_for(training, stream.batches_per_epoch)
@@ -448,13 +448,25 @@ def load_student(plan: StagePlan, compute: Compute) -> tuple[Student, TextTokeni
     return student, loaded[0]
 
 
-def load_teacher(plan: StagePlan, source: StageInput, compute: Compute) -> tuple[Teacher, Architecture]:
-    """The frozen model that teaches, and what it is."""
+def load_teacher(
+    plan: StagePlan, source: StageInput, compute: Compute, tokenizer: TextTokenizer
+) -> tuple[Teacher, Architecture]:
+    """The frozen model that teaches, and what it is; it may be larger than the student.
+
+    Raises:
+        ConfigError: it reads another vocabulary than the student's `tokenizer`.
+    """
     training = plan.config.training
     offload = isinstance(training, Stage3Config) and training.teacher.offload
 
     def load(cut: Cut | None) -> CausalLM:
-        return load_model(source, plan.config, ternary=False, cut=cut)[0]
+        model, theirs = load_model(source, plan.config, ternary=False, any_size=True, cut=cut)
+        if theirs.fingerprint != tokenizer.fingerprint:
+            raise ConfigError(
+                f"the teacher {source.describe()} has another tokenizer than the student, and distillation compares tokens: "
+                "choose a teacher of the same family with training.teacher.source=..."
+            )
+        return model
 
     teacher, model = place_teacher(plan.config, compute, load, offload=offload)
     return teacher, model.architecture
