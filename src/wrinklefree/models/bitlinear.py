@@ -22,6 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
 from wrinklefree.quantization.options import WeightScale
+from wrinklefree.quantization.pieces import scaled_rows
 from wrinklefree.quantization.ste import integer_activation, ternary_weight
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.quantization.weight_scale import weight_scale, with_learned_scale
@@ -50,8 +51,10 @@ class _IntegerMatmul(torch.autograd.Function):
     ) -> Tensor:
         """`x_scale` is None where activations are not quantized; then `x_codes` is the input itself."""
         output = functional.linear(x_codes.to(w_codes.dtype), w_codes)
-        scale = w_scale if x_scale is None else x_scale * w_scale
-        output = output.mul_(scale) if overwrite else output * scale
+        if x_scale is None:
+            output = output.mul_(w_scale) if overwrite else output * w_scale
+        else:
+            output = scaled_rows(output, x_scale * w_scale, out=output if overwrite else None)
         if bias is not None:
             output.add_(bias)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
@@ -68,7 +71,7 @@ class _IntegerMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ w_codes).to(x_dtype).mul_(w_scale)
         if ctx.needs_input_grad[1]:
-            scaled = grad if x_scale is None else (grad * x_scale).to(w_codes.dtype)
+            scaled = grad if x_scale is None else scaled_rows(grad, x_scale)
             inputs = x_codes.to(w_codes.dtype)
             grad_weight = (scaled.flatten(0, -2).T @ inputs.flatten(0, -2)).to(weight_dtype)
         if ctx.needs_input_grad[2]:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wrinklefree.quantization.pieces import pays, pieces, scratch_like
+
 MIN_ACTIVATION_RANGE = 1e-5
 """Floor of a token's largest magnitude, so that an all-zero token divides by something."""
 
@@ -31,7 +33,23 @@ def quantize_activation(x: Tensor, bits: int = 8) -> ActivationCodes:
     """
     largest_code = 2 ** (bits - 1) - 1
     with torch.no_grad():
+        if pays(x):
+            return _quantize_by_pieces(x, largest_code)
         values = x.to(torch.float32)
         magnitude = values.abs().amax(dim=-1, keepdim=True).clamp(min=MIN_ACTIVATION_RANGE)
         codes = (values * largest_code).div_(magnitude).round_().clamp_(-largest_code - 1, largest_code).to(torch.int8)
+    return ActivationCodes(codes, magnitude / largest_code)
+
+
+def _quantize_by_pieces(x: Tensor, largest_code: int) -> ActivationCodes:
+    """The same operations in the same order."""
+    codes = torch.empty(x.shape, dtype=torch.int8)
+    magnitude = torch.empty((*x.shape[:-1], 1), dtype=torch.float32)
+    first, second = scratch_like(x), scratch_like(x)
+    for part, part_codes, part_magnitude in pieces(x, codes, magnitude):
+        values = first[: len(part)].copy_(part)
+        torch.amax(torch.abs(values, out=second[: len(part)]), dim=-1, keepdim=True, out=part_magnitude)
+        part_magnitude.clamp_(min=MIN_ACTIVATION_RANGE)
+        values.mul_(largest_code).div_(part_magnitude).round_().clamp_(-largest_code - 1, largest_code)
+        part_codes.copy_(values)
     return ActivationCodes(codes, magnitude / largest_code)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wrinklefree.quantization.pieces import pays, pieces, scratch_like
+
 MIN_WEIGHT_SCALE = 1e-5
 """Floor of the scale, so that an all-zero weight divides by something."""
 
@@ -44,4 +46,10 @@ def ternarize(weight: Tensor, scale: Tensor | None = None) -> Ternary:
 
 def round_to_codes(master: Tensor, scale: Tensor) -> Tensor:
     """clip(round(W / scale), -1, 1) as int8, for a part of a weight whose scale is known; ties to even."""
-    return (master / scale).round_().clamp_(-1, 1).to(torch.int8)
+    if master.dtype != torch.float32 or scale.dtype != torch.float32 or scale.numel() != 1 or not pays(master):
+        return (master / scale).round_().clamp_(-1, 1).to(torch.int8)
+    codes = torch.empty(master.shape, dtype=torch.int8)
+    scratch = scratch_like(master)
+    for part, part_codes in pieces(master, codes):
+        part_codes.copy_(torch.div(part, scale, out=scratch[: len(part)]).round_().clamp_(-1, 1))
+    return codes
