@@ -46,8 +46,10 @@ def test_surprise_does_not_depend_on_the_chunk(make, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary", [37, 9000], ids=["rows", "blocks of the vocabulary"])
 @pytest.mark.parametrize("with_cross_entropy", [False, True])
-def test_value_and_gradient_equal_the_dense_form(make, with_cross_entropy: bool) -> None:
+def test_value_and_gradient_equal_the_dense_form(make, with_cross_entropy: bool, vocabulary: int) -> None:
+    make.vocabulary = vocabulary
     batch = make.batch([[7, 5], [9]], 12)
     student, teacher = make.output(2, 12, gradients=True), make.output(2, 12)
     term = LogitsDistillation(
