@@ -7,13 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 24
+STEPS = 36
 WORDS = ("the", "a", "old", "new", "red", "sea", "ship", "wind", "sails", "turns", "sleeps", "harbour", "lamp", "river")
 pytestmark = [pytest.mark.reliability, pytest.mark.timeout(900)]
 
@@ -120,14 +120,23 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return weights(output)
 
 
-def test_three_kills_change_no_weight(corpus: Path, undisturbed: str, tmp_path: Path) -> None:
-    generator = random.Random(time.time_ns())
-    delays = [generator.uniform(0, 0.3) for _ in range(3)]
-    codes = [end_after_new_checkpoint(corpus, tmp_path, signal.SIGKILL, delay) for delay in delays]
-    assert -signal.SIGKILL in codes, f"every run ended before its kill (delays {delays})"
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_four_kills_change_no_weight(
+    seed: int, corpus: Path, undisturbed: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    generator = random.Random(seed)
+    kills = 0
+    for _ in range(8):
+        if kills == 4:
+            break
+        kills += (
+            end_after_new_checkpoint(corpus, tmp_path, signal.SIGKILL, generator.uniform(0, 0.3)) == -signal.SIGKILL
+        )
+    assert kills == 4, f"every run of seed {seed} ended before its kill"
     finish(corpus, tmp_path)
-    assert weights(tmp_path) == undisturbed, f"killed with delays {delays}"
+    assert weights(tmp_path) == undisturbed, f"seed {seed}"
     assert "complete" in finish(corpus, tmp_path), "a completed run is skipped"
+    record_property("sigkills", kills)
 
 
 def test_terminated_run_saves_and_resumes(corpus: Path, undisturbed: str, tmp_path: Path) -> None:

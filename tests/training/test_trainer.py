@@ -228,11 +228,12 @@ def test_a_validation_that_fails_loses_no_step(tmp_path: Path) -> None:
 
 
 class Broken:
-    """Wraps an objective; its loss is NaN at the steps given."""
+    """Wraps an objective; its loss is multiplied by NaN, or another value, at the steps given."""
 
-    def __init__(self, at: Callable[[int], bool]) -> None:
+    def __init__(self, at: Callable[[int], bool], factor: float = math.nan) -> None:
         self.inner = language_model_objective()
         self.at = at
+        self.factor = factor
         self.calls = 0
 
     def __getattr__(self, name: str) -> Any:
@@ -242,7 +243,7 @@ class Broken:
         losses = self.inner(*arguments)
         broken = self.at(self.calls)
         self.calls += 1
-        return type(losses)(losses.total * math.nan, losses.terms, losses.weights) if broken else losses
+        return type(losses)(losses.total * self.factor, losses.terms, losses.weights) if broken else losses
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
@@ -261,6 +262,45 @@ def test_the_run_aborts_after_too_many_such_steps(tmp_path: Path) -> None:
     trainer.objective = Broken(lambda call: call >= 1)
     with pytest.raises(NonFiniteError, match=r"at step 3, the 2th step in a row.*Lower training\.lr"):
         trainer.fit(info(trainer, tmp_path))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", ["loss", "gradient", "weight", "saved weight"])
+def test_what_is_not_finite_never_reaches_a_checkpoint(
+    place: str, value: float, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """Once: the step is skipped. For good: the run ends, and the checkpoint of before is the newest."""
+    trainer = make_trainer(folder=tmp_path / "c", steps=6)
+    weight = next(iter(trainer.model.parameters()))
+    trainer.train_step()
+    trainer.save()
+    before = weights(trainer)
+    if place == "loss":
+        trainer.objective = Broken(lambda call: call == 0, value)
+    elif place == "gradient":
+        hook = weight.register_hook(lambda gradient: gradient * value)
+    elif place == "weight":
+        with torch.no_grad():
+            weight.view(-1)[3] = value
+    if place == "saved weight":
+        with torch.no_grad():
+            weight.view(-1)[3] = value
+        with pytest.raises(NonFiniteError, match=r"1 of \d+ weights .* step 1"):
+            trainer.save()
+    elif place == "weight":
+        with pytest.raises(NonFiniteError, match="at step 3, the 2th step in a row"):
+            trainer.fit(info(trainer, tmp_path))
+    else:
+        assert trainer.train_step().skipped
+        assert_bit_equal(before, weights(trainer))
+        if place == "gradient":
+            hook.remove()
+        assert not trainer.train_step().skipped
+    found = CheckpointStore(tmp_path / "c", 2).latest()
+    assert found is not None
+    assert found.step == 1
+    assert_bit_equal(before, {name: found.tensors[f"model.{name}"] for name in before})
+    record_property("nonfinite_values", 1)
 
 
 def test_another_device_set_up_is_refused_unless_told(tmp_path: Path) -> None:

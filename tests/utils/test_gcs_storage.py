@@ -126,13 +126,22 @@ def test_missing_credentials_name_the_three_ways_out(monkeypatch, tmp_path) -> N
         check_access("bucket", "experiments")
 
 
-def test_of_racing_creators_one_wins_on_an_independent_server(monkeypatch, open_bucket) -> None:
+@pytest.mark.parametrize(
+    ("rounds", "creators"), [(2, 8), pytest.param(20, 16, marks=pytest.mark.reliability)], ids=["few", "many"]
+)
+def test_of_racing_creators_one_wins_on_an_independent_server(
+    monkeypatch, open_bucket, rounds: int, creators: int, record_property: Callable[[str, object], None]
+) -> None:
     with FakeGCSServer() as server:
+        # It writes a line a request, and stands still once its pipe is full.
+        assert server._process is not None
+        assert server._process.stderr is not None
+        threading.Thread(target=server._process.stderr.read, daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.port}")
         with closing(make_client()) as client:
             client.create_bucket("bucket")
-        for number in range(5):
-            storages = [open_bucket() for _ in range(8)]
+        storages = [open_bucket() for _ in range(creators)]
+        for number in range(rounds):
             won: list[bool] = [False] * len(storages)
             gate = threading.Barrier(len(storages))
 
@@ -147,3 +156,4 @@ def test_of_racing_creators_one_wins_on_an_independent_server(monkeypatch, open_
                 thread.join()
             assert sum(won) == 1
             assert storages[0].read_bytes(f"lease{number}") == f"holder {won.index(True)}".encode()
+    record_property("races_with_one_winner", rounds)

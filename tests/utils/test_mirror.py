@@ -1,6 +1,6 @@
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -78,6 +78,64 @@ def test_an_outage_delays_and_loses_nothing(bucket, mirror, tmp_path) -> None:
     bucket.down = False
     mirror.drain(20)
     assert mirror.checkpoints()[0] == "step_00000002"
+
+
+FAULTS = ("429", "500", "503", "reset", "lost_reply", "short_body", "wrong_checksum", "slow")
+
+
+def blobs_without_content(objects: dict[str, tuple[bytes, int]]) -> list[str]:
+    """Blobs that some manifest lists and that are missing, or are not what their name says."""
+    manifests = [json.loads(content) for name, (content, _) in objects.items() if name.endswith(MANIFEST)]
+    digests = {record["sha256"] for manifest in manifests for record in manifest["files"].values()}
+    return [
+        digest
+        for digest in digests
+        if hashlib.sha256(objects.get(f"{RUN}/blobs/{digest}", (b"absent", 0))[0]).hexdigest() != digest
+    ]
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_at_any_request_of_a_save_costs_a_retry_and_never_a_blob(
+    bucket, monkeypatch, tmp_path, fault: str, record_property: Callable[[str, object], None]
+) -> None:
+    """A save here is the third: two blobs, the manifest, the record, and what pruning the first one takes."""
+    monkeypatch.setattr(mirror_module, "FIRST_WAIT_SECONDS", 0.02)
+    folders = [checkpoint(tmp_path / "here", step) for step in (1, 2, 3)]
+    incomplete: list[str] = []
+
+    def save_all(faulty: int | None) -> int:
+        """Send all three; the requests of the last save."""
+        bucket.objects.clear()
+        bucket.faults.clear()
+        with closing(GcsStorage("bucket", RUN, retry_seconds=5.0)) as storage, closing(RunMirror(storage)) as mirror:
+            for folder in folders[:2]:
+                mirror.send_checkpoint(folder)
+                mirror.drain(20)
+            before = len(bucket.requests)
+            if faulty is not None:
+                bucket.faults[before + faulty] = fault
+            mirror.send_checkpoint(folders[2])
+            mirror.send_metadata(b"record")
+            mirror.drain(30)
+            requests = len(bucket.requests) - before
+            bucket.faults.clear()
+            assert mirror.metadata() == b"record"
+            assert mirror.checkpoints() == ["step_00000003", "step_00000002"]
+            target = tmp_path / "there"
+            mirror.fetch(f"checkpoints/{folders[2].name}", target)
+            assert (target / "tensors").read_bytes() == bytes([3]) * 1000
+            (target / "tensors").unlink()
+        return requests
+
+    bucket.on_write = lambda name: incomplete.extend(blobs_without_content(bucket.objects))
+    requests = save_all(None)
+    assert requests > 8
+    for number in range(requests):
+        save_all(number)
+        assert blobs_without_content(bucket.objects) == []
+    assert incomplete == []
+    record_property("faulty_requests", requests)
 
 
 def test_a_rotten_checkpoint_is_passed_over(bucket, mirror, tmp_path, caplog) -> None:

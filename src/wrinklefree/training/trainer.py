@@ -22,6 +22,7 @@ from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.bitlinear import set_quantization
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
+from wrinklefree.models.shards import rows_here
 from wrinklefree.models.subln import set_subln_strength
 from wrinklefree.quantization.schedule import warmup_value
 from wrinklefree.training.callbacks import Callback, RunInfo, StepReport
@@ -330,9 +331,14 @@ class Trainer:
             )
 
     def save(self) -> None:
-        """Write a resumable checkpoint of everything that decides the next step."""
+        """Write a resumable checkpoint of everything that decides the next step.
+
+        Raises:
+            NonFiniteError: a weight is not finite: what cannot be trained on is not kept.
+        """
         if self.store is None:
             return
+        self._refuse_nonfinite_weights()
         weights, optimizer_tensors, optimizer_state = self._stored_parts()
         rng_tensors, rng = rng_state()
         tensors: dict[str, Any] = {f"model.{name}": value for name, value in weights.items()}
@@ -349,6 +355,17 @@ class Trainer:
         }
         save = self.store.save_later if self.settings.saves_later else self.store.save
         save(self.progress.step, tensors, state)
+
+    def _refuse_nonfinite_weights(self) -> None:
+        """On every rank, or on none."""
+        shards = [rows_here(parameter).local for parameter in self.model.parameters()]
+        finite = [torch.isfinite(shard.sum(dtype=torch.float64)) for shard in shards if shard.numel()]
+        bad, total = sum_over_ranks([sum(not bool(one) for one in torch.stack(finite).tolist()), len(finite)])
+        if bad:
+            raise NonFiniteError(
+                f"{bad:.0f} of {total:.0f} weights of the model are not finite after step {self.progress.step}, so they are "
+                f"not saved. Lower training.lr (now {self.settings.peak_learning_rate:g}); the last good checkpoint is kept."
+            )
 
     def _stored_parts(self) -> tuple[Mapping[str, Any], Mapping[str, Any], dict[str, Any]]:
         """Weights and optimizer tensors by name, as far as they lie here, and the rest of the optimizer's state."""
