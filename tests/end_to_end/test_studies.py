@@ -125,6 +125,19 @@ def test_one_arm_runs_by_itself_and_the_others_are_listed_as_not_run(tree: dict[
     assert "| S3  | 0    | not run |" in (command(tmp_path).folder / "section.md").read_text()
 
 
+def test_an_arm_that_trains_nothing_is_scored(
+    tree: dict[str, Any], overrides: list[str], text: list[str], tmp_path: Path
+) -> None:
+    steps = {"start": {"command": ["training=stage1_subln", *text, *SHORT[:2]], "source": "base"}}
+    common = [*(o for o in overrides if not o.startswith("output_dir")), "audit.enabled=false"]
+    arms = {"start": {"step": "start", "meaning": "rounded"}}
+    study = tree | {"steps": steps, "common": common, "arms": arms, "baseline": "start", "seeds": [0]}
+    assert run_study(command(tmp_path), decode(StudyConfig, study)) == 0
+    (result,) = read_results(command(tmp_path).folder)
+    assert (result.status, result.tokens, result.steps) == ("completed", 0, 0)
+    assert result.measures[0].value > 0
+
+
 def test_a_control_of_another_length_is_refused(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["steps"]["more"]["command"][-1] = "training.total_tokens=1024"
     with pytest.raises(ConfigError, match="arm CE trains on 512 tokens in 2 steps, its control control on 1,024 in 4"):

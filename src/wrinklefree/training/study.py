@@ -472,7 +472,8 @@ def run_study(command: StudyCommand, study: StudyConfig) -> int:
     keep_large_buffers()
     command.folder.mkdir(parents=True, exist_ok=True)
     atomic_write(command.folder / "study.json", study_as_json(study))
-    total, done, started = sum(cell.tokens for cell in cells), 0, time.monotonic()
+    # Arms that train nothing, models just rounded, count for nothing in the time that is left.
+    total, done, started = max(1, sum(cell.tokens for cell in cells)), 0, time.monotonic()
     planned = _tokens_by_step(cells)
     try:
         for seed in study.seeds:
