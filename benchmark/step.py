@@ -110,8 +110,7 @@ def build(
             continue
         model = make(base)
         if compiled:
-            for block in model.blocks:
-                block.compile()
+            model.compile_blocks(*batches[0].input_ids.shape, gradients=True)
         steps[name] = Step(model, batches, dtype)
     return steps, remarks
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wrinklefree.models import attention
+from wrinklefree.models import attention, runs
 from wrinklefree.models.attention import (
     AttentionPlan,
     KVCache,
@@ -158,7 +158,7 @@ def test_cache_hands_back_what_it_was_given() -> None:
     assert cache.extend_documents(torch.tensor([[1, 1]])).tolist() == [[0, 1, 1, 1, 1]]
 
 
-@pytest.mark.parametrize("length", [attention.MAX_KEYS_FOR_FLOAT32, attention.MAX_KEYS_FOR_FLOAT32 + 1])
+@pytest.mark.parametrize("length", [runs.MAX_KEYS_FOR_FLOAT32, runs.MAX_KEYS_FOR_FLOAT32 + 1])
 def test_bfloat16_states_give_bfloat16_close_to_float32(length: int) -> None:
     query, key, value = (states(1, heads, length, 8, seed=heads) for heads in (4, 2, 1))
     key, value = key[:, :1], value

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from wrinklefree.quantization import pieces
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
-from wrinklefree.quantization.pieces import pays, scaled_rows
+from wrinklefree.quantization.pieces import WIDE, pays, rows_for_product, scaled_rows
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
 
 
@@ -81,3 +81,11 @@ def test_small_tensors_and_subclasses_are_not_cut() -> None:
     assert not pays(torch.empty(2**20))
     assert not pays(torch.empty(2**10, 2**10, device="meta"))
     assert pays(torch.nn.Parameter(torch.empty(2**10, 2**10)))
+
+
+@pytest.mark.parametrize("shape", [(WIDE + 3, WIDE), (WIDE, WIDE - 1)])
+def test_transposed_rows_are_a_copy_for_wide_matrices_only(shape: tuple[int, int]) -> None:
+    values = random(*shape, dtype=torch.bfloat16)
+    transposed = rows_for_product(values)
+    assert torch.equal(transposed, values.T)
+    assert transposed.is_contiguous() == (min(shape) >= WIDE)

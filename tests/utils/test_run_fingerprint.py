@@ -67,6 +67,7 @@ def changed(path: str, new: Any) -> dict[str, Any]:
         ("training.teacher.source", "outputs/y"),
         ("training.teacher.offload", True),
         ("training.activation_checkpointing", True),
+        ("training.compile", False),
         ("training.evaluation.interval", 7),
         ("model.path", "elsewhere"),
         ("model.experiment_name", "x"),

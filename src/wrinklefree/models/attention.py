@@ -9,7 +9,6 @@ What every layer needs is decided once a forward pass, in an `AttentionPlan`.
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,24 +18,13 @@ from torch.nn import functional
 from wrinklefree.models.attention_backends import AttentionBackend, attend_by_blocks, attend_by_borders, block_mask
 from wrinklefree.models.bitlinear import make_linear, project
 from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.document_attention import attend_documents
 from wrinklefree.models.records import QKV, Borders
+from wrinklefree.models.runs import Run, find_runs, uses_float32
 from wrinklefree.models.subln import RMSNorm, subln_or_identity
 
 MIN_LENGTH_FOR_LOOP = 512
 """Shorter rows: one masked kernel costs less than a kernel a document."""
-
-MAX_KEYS_FOR_FLOAT32 = 256
-"""The CPU's bfloat16 kernel takes up to four times as long as the float32 one on rows up to this length, forward and
-backward; longer rows gain from bfloat16."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """Positions `start` to `end` of one row: a document, or padding."""
-
-    start: int
-    end: int
-    is_padding: bool
 
 
 @dataclass(frozen=True)
@@ -53,6 +41,8 @@ class AttentionPlan:
     """For the kernels `varlen` and `flash`, of which `backend` is one."""
     blocks: Any = None
     """FlexAttention's block mask."""
+    document_ids: Tensor | None = None
+    """[B, T] on a CPU, for the operator that a compiled block calls."""
     backend: AttentionBackend = "sdpa"
 
 
@@ -70,15 +60,6 @@ def document_mask(document_ids: Tensor, queries: int) -> Tensor:
     not_later = query_index[:, None] >= key_index[None, :]
     itself = query_index[:, None] == key_index[None, :]
     return (same_run & not_later & ((document_ids != 0)[:, None, :] | itself))[:, None]
-
-
-def find_runs(document_ids: Tensor) -> tuple[tuple[Run, ...], ...]:
-    """Runs of each row; reads the tensor, so only for one that lies on the CPU."""
-    rows = []
-    for ids in document_ids.tolist():
-        borders = [0, *(t for t in range(1, len(ids)) if ids[t] != ids[t - 1]), len(ids)]
-        rows.append(tuple(Run(a, b, ids[a] == 0) for a, b in pairwise(borders)))
-    return tuple(rows)
 
 
 def plan_attention(
@@ -109,11 +90,28 @@ def plan_attention(
     return AttentionPlan(mask=document_mask(document_ids, queries))
 
 
+def plan_for_compiled(
+    document_ids: Tensor, *, backend: AttentionBackend = "sdpa", borders: Borders | None = None
+) -> AttentionPlan:
+    """The plan for whole rows [B, T] inside a compiled block: of one kind, whatever the documents are.
+
+    Nothing in it is a Python number that changes from batch to batch, so one graph serves them all.
+    """
+    if document_ids.device.type == "cpu":
+        return AttentionPlan(document_ids=document_ids)
+    if borders is None:
+        return AttentionPlan(mask=document_mask(document_ids, document_ids.shape[1]))
+    cumulative = borders.cumulative
+    # Their number changes from batch to batch.
+    torch._dynamo.maybe_mark_dynamic(cumulative, 0)
+    return AttentionPlan(borders=Borders(cumulative, document_ids.shape[1]), backend=backend)
+
+
 def _scaled_dot_product(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, is_causal: bool = False
 ) -> Tensor:
     dtype = query.dtype
-    in_float32 = query.device.type == "cpu" and dtype == torch.bfloat16 and key.shape[2] <= MAX_KEYS_FOR_FLOAT32
+    in_float32 = uses_float32(query, key.shape[2])
     if in_float32:
         query, key, value = query.float(), key.float(), value.float()
     grouped = query.shape[1] != key.shape[1]
@@ -128,6 +126,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
     """Softmax attention: query [B, n, T, d], key and value [B, n_kv, S, d], result [B, n, T, d]."""
     if plan.borders is not None:
         return attend_by_borders(query, key, value, plan.borders, plan.backend)
+    if plan.document_ids is not None:
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        mixed: Tensor = attend_documents(query, key, value, plan.document_ids)[0]
+        return mixed
     if plan.blocks is not None:
         return attend_by_blocks(query, key, value, plan.blocks)
     if plan.rows is None:

@@ -22,7 +22,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
 from wrinklefree.quantization.options import WeightScale
-from wrinklefree.quantization.pieces import scaled_rows
+from wrinklefree.quantization.pieces import rows_for_product, scaled_rows
 from wrinklefree.quantization.ste import integer_activation, ternary_weight
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.quantization.weight_scale import weight_scale, with_learned_scale
@@ -73,7 +73,7 @@ class _IntegerMatmul(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             scaled = grad if x_scale is None else scaled_rows(grad, x_scale)
             inputs = x_codes.to(w_codes.dtype)
-            grad_weight = (scaled.flatten(0, -2).T @ inputs.flatten(0, -2)).to(weight_dtype)
+            grad_weight = (rows_for_product(scaled.flatten(0, -2)) @ inputs.flatten(0, -2)).to(weight_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None, None, None
@@ -158,13 +158,29 @@ class BitLinear(nn.Linear):
         self.gathered_scale: Tensor | None = None
         """Set where `weight` is gathered from shards as codes: it then holds -1, 0 and 1, and this is their scale."""
         self._weight_codes: _WeightCodes | None = None
+        self._codes_for_graph: tuple[Tensor, Tensor] | None = None
 
     def set_quantization(self, value: float) -> None:
         """Set lambda and forget cached codes."""
         self.quantization_lambda.fill_(value)
         self.lambda_value = value
         self.fully_quantized = value == 1.0
-        self._weight_codes = None
+        self._weight_codes = self._codes_for_graph = None
+
+    def prepare_codes(self) -> None:
+        """Bring the codes up to date for a compiled graph that runs next, which cannot ask for the weight's version.
+
+        Without this, a graph rounds the weight itself, in every forward pass.
+        """
+        if self.fully_quantized and self.keeps_codes and self.gathered_scale is None:
+            self._codes_for_graph = self.weight_codes(self._compute_dtype(self.weight.device.type))
+        else:
+            self._codes_for_graph = None
+
+    def _compute_dtype(self, device_type: str) -> torch.dtype:
+        """What products are made in: autocast's type where it is on."""
+        autocast = torch.is_autocast_enabled(device_type)
+        return torch.get_autocast_dtype(device_type) if autocast else self.weight.dtype
 
     def encode_input(self, x: Tensor) -> ActivationCodes | None:
         """Codes of the input as `forward` computes them; None where it does not use codes."""
@@ -180,6 +196,8 @@ class BitLinear(nn.Linear):
         """
         if self.gathered_scale is not None:
             return self.weight.detach().to(dtype), self.gathered_scale
+        if torch.compiler.is_compiling() and self._codes_for_graph is not None:
+            return self._codes_for_graph
         if torch.compiler.is_compiling() or not self.keeps_codes:
             ternary = self.ternary()
             return ternary.codes.to(dtype), ternary.scale
@@ -231,9 +249,7 @@ class BitLinear(nn.Linear):
         """
         if not self.fully_quantized:
             return self.reference_forward(input)
-        device_type = input.device.type
-        autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if autocast else self.weight.dtype
+        dtype = self._compute_dtype(input.device.type)
         w_codes, w_scale = self.weight_codes(dtype)
         codes = self.encode_input(input) if codes is None else codes
         if codes is None:
@@ -288,6 +304,13 @@ def project(x: Tensor, layers: tuple[nn.Linear, ...]) -> tuple[Tensor, ...]:
     if codes is None:
         return tuple(layer(x) for layer in layers)
     return tuple(layer(x, codes) for layer in layers)
+
+
+def prepare_codes(model: nn.Module) -> None:
+    """Bring the codes of every BitLinear up to date for a compiled graph that runs next."""
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.prepare_codes()
 
 
 def set_quantization(model: nn.Module, value: float) -> None:

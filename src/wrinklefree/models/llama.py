@@ -5,7 +5,8 @@ SubLN norms are the only additions. Parameters are float32 masters; whoever call
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -19,9 +20,17 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from wrinklefree.models.attention import Attention, AttentionPlan, KVCache, plan_attention, rotary_table
+from wrinklefree.models.attention import (
+    Attention,
+    AttentionPlan,
+    KVCache,
+    plan_attention,
+    plan_for_compiled,
+    rotary_table,
+)
 from wrinklefree.models.attention_backends import AttentionBackend
-from wrinklefree.models.bitlinear import BitLinear, set_quantization
+from wrinklefree.models.bitlinear import BitLinear, prepare_codes, set_quantization
+from wrinklefree.models.compiled_blocks import CompiledBlocks, compile_run_block, run_block
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.ffn import FeedForward
 from wrinklefree.models.records import QKV, Batch, ModelOutput, Wants
@@ -98,6 +107,7 @@ class CausalLM(nn.Module):
         self._checkpointing: Checkpointing = "off"
         self.attention_backend: AttentionBackend = "sdpa"
         """What keeps packed documents apart; see `choose_backend`."""
+        self._compiled: CompiledBlocks | None = None
         self.model = Decoder(architecture, bitnet)
         self.lm_head: nn.Linear | None = None
         if not architecture.tie_word_embeddings:
@@ -130,6 +140,28 @@ class CausalLM(nn.Module):
             if isinstance(module, BitLinear):
                 module.overwrites_products = mode != "selective"
 
+    def compile_blocks(self, rows: int, length: int, *, gradients: bool, compiler: Any = "inductor") -> None:
+        """Compile the blocks' function, once for all of them, for batches of this shape.
+
+        It serves forward passes with gradients in training mode, or those without, as `gradients` says; batches of another
+        shape, with a cache, or of the other kind run as they are, so no evaluation ever causes a new graph. Not for
+        `attention_backend` flex.
+        """
+        self._compiled = compile_run_block(rows, length, gradients=gradients, compiler=compiler)
+
+    def forget_compiled(self) -> None:
+        """Undo `compile_blocks`."""
+        self._compiled = None
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Run the blocks as they are for a while."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
+
     @property
     def blocks(self) -> Sequence[Block]:
         """The decoder's blocks, first to last: the unit of checkpointing, compiling and sharding."""
@@ -159,20 +191,26 @@ class CausalLM(nn.Module):
         table = rotary_table(self.architecture, batch.position_ids)
         document_ids = batch.document_ids if cache is None else cache.extend_documents(batch.document_ids)
         borders = batch.borders if cache is None and self.attention_backend in ("varlen", "flash") else None
-        plan = plan_attention(
-            document_ids, queries=batch.input_ids.shape[1], backend=self.attention_backend, borders=borders
-        )
+        compiled = self._compiled
+        if compiled is not None and compiled.serves(batch, cache, training=self.training):
+            prepare_codes(self)
+            plan = plan_for_compiled(document_ids, backend=self.attention_backend, borders=borders)
+            run = compiled.run
+        else:
+            queries = batch.input_ids.shape[1]
+            plan = plan_attention(document_ids, queries, backend=self.attention_backend, borders=borders)
+            run = run_block
         hidden = functional.embedding(batch.input_ids, self.model.embed_tokens.weight)
         hidden_states: dict[int, Tensor] = {}
         qkv: QKV | None = None
         for index, block in enumerate(self.blocks):
             if self._checkpointing != "off" and torch.is_grad_enabled():
                 recomputed = checkpoint(
-                    block, hidden, table, plan, cache, use_reentrant=False, **_WHAT_IS_KEPT[self._checkpointing]
+                    run, block, hidden, table, plan, cache, use_reentrant=False, **_WHAT_IS_KEPT[self._checkpointing]
                 )
                 hidden, states = cast("tuple[Tensor, QKV]", recomputed)
             else:
-                hidden, states = block(hidden, table, plan, cache)
+                hidden, states = run(block, hidden, table, plan, cache)
             if index in wants.hidden_layers:
                 hidden_states[index] = hidden
             if index == wants.qkv_layer:

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 PIECE_ELEMENTS = 2**16
 """256 KiB of float32: two scratch pieces and what they are made of fit a second-level cache."""
 
+WIDE = 1024
+"""From this many rows and columns on, a transposed copy costs less than a product of a transposed view loses."""
+TRANSPOSED_ROWS = 32
+"""Rows that a transposed copy writes at once: one cache line of each of its rows."""
+
 
 def pays(tensor: Tensor) -> bool:
     """Whether to cut this tensor."""
@@ -41,6 +46,24 @@ def scratch_like(tensor: Tensor) -> Tensor:
     """float32 of the size of a piece of `tensor`; the last piece uses a part of it."""
     rows = max(1, PIECE_ELEMENTS // max(1, tensor.shape[-1]))
     return torch.empty(rows, tensor.shape[-1], dtype=torch.float32)
+
+
+def rows_for_product(values: Tensor) -> Tensor:
+    """`values.T` of [M, N], laid out as the left factor of a product should be.
+
+    A CPU's bfloat16 product of a transposed view takes twice the time of a contiguous left factor (measured with AMX on
+    the shapes of a 135M and a 1B model); writing the transposed copy costs less than that for wide matrices only.
+    """
+    wide = values.device.type == "cpu" and values.dtype == torch.bfloat16 and min(values.shape) >= WIDE
+    if not wide or type(values) is not Tensor:
+        return values.T
+    if torch.compiler.is_compiling():
+        return values.T.contiguous()
+    transposed = values.new_empty(values.shape[1], values.shape[0])
+    for start in range(0, len(values), TRANSPOSED_ROWS):
+        rows = slice(start, start + TRANSPOSED_ROWS)
+        transposed[:, rows].copy_(values[rows].T)
+    return transposed
 
 
 def scaled_rows(values: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:

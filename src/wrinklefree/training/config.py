@@ -115,6 +115,8 @@ class StageConfig(Config):
     """Compute dtype; masters are always float32. auto: bfloat16 where the device multiplies it in hardware."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: Literal["auto"] | bool = "auto"
+    """Compile the blocks (a minute at the start). auto: long bfloat16 runs of one process on a CPU with a C++ compiler."""
     max_nonfinite_steps: int = Field(default=3, ge=1)
     """Steps in a row with a non-finite loss or gradient that are skipped before the run aborts."""
 
@@ -212,6 +214,7 @@ class PipelineConfig(Config):
     grad_clip: float | None = Field(default=None, gt=0)
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
     activation_checkpointing: bool | None = None
+    compile: Literal["auto"] | bool | None = None
     checkpoint: CheckpointConfig | None = None
     logging: LoggingConfig | None = None
     evaluation: EvaluationConfig | None = None
@@ -307,7 +310,7 @@ class ResumeConfig(Config):
     skip_completed: bool = True
     """A run whose fingerprint is complete is not trained again."""
     allow_device_change: bool = False
-    """Resume although dtype, optimizer or attention backend now resolve differently (no longer bit-identical)."""
+    """Resume although dtype, optimizer, attention backend or compiling now resolve differently (no longer bit-identical)."""
 
 
 class AuditConfig(Config):

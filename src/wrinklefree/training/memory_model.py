@@ -42,7 +42,7 @@ _BACKWARD_COPIES = 3.3
 _ROW_LOOP_FROM = 512
 """`attention.MIN_LENGTH_FOR_LOOP`: shorter rows of several documents are masked on a CPU."""
 _FLOAT32_KEYS = 256
-"""`attention.MAX_KEYS_FOR_FLOAT32`: rows up to this length attend in float32 on a CPU."""
+"""`runs.MAX_KEYS_FOR_FLOAT32`: rows up to this length attend in float32 on a CPU."""
 _BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 """`head_losses.CHUNK_BYTES` and `attention_loss.BLOCK_BYTES`."""
 

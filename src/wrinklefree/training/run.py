@@ -39,6 +39,7 @@ from wrinklefree.training.callbacks import (
     QuantizationTelemetry,
     RunInfo,
 )
+from wrinklefree.training.compiling import choose_compile, compile_model
 from wrinklefree.training.config import (
     CheckpointConfig,
     PipelineConfig,
@@ -55,6 +56,7 @@ from wrinklefree.training.device import (
     estimated_seconds,
     reference_gpu_hours,
     refuse_endless_cpu_run,
+    training_flops,
 )
 from wrinklefree.training.evaluation import score_language, score_task
 from wrinklefree.training.influence import MixtureMetrics, moves_mixture, weigh_sources
@@ -358,8 +360,8 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
     stream = open_stream(config, tokenizer)
     rows, micro_batches = share_rows(stream, training)
     total_steps = steps_for(training, stream.batches_per_epoch)
+    tokens = total_steps * training.gradient_accumulation_steps * training.batch_size * training.max_seq_length
     if compute.device.type == "cpu":
-        tokens = total_steps * training.gradient_accumulation_steps * training.batch_size * training.max_seq_length
         parameters = sum(parameter.numel() for parameter in model.parameters())
         seconds = estimated_seconds(compute, parameters, tokens, with_teacher=teacher is not None)
         refuse_endless_cpu_run(seconds, allow_slow=config.allow_slow, command_hint=plan.stage.title)
@@ -369,9 +371,15 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
     model.attention_backend = attention.name
     if teacher is not None and isinstance(teacher.model, CausalLM):
         teacher.model.attention_backend = attention.name
-    identity = {"dtype": compute.dtype_name, "optimizer": resolved.type, "attention": attention.name}
-    identity["device"] = compute.device.type
     spec = model.bitnet
+    compiles = _compile(config, compute, model, teacher, tokens)
+    identity = {
+        "dtype": compute.dtype_name,
+        "optimizer": resolved.type,
+        "attention": attention.name,
+        "device": compute.device.type,
+        "compile": "blocks" if compiles else "no",
+    }
     optimizer = build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed)
     mixture: list[Callback] = []
     if moves_mixture(config):
@@ -423,6 +431,35 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
 
     distributed.decide_on_rank_zero(write)
     return trainer.progress.tokens
+
+
+def _compile(config: RunConfig, compute: Compute, model: CausalLM, teacher: Teacher | None, tokens: int) -> bool:
+    """Compile the blocks of student and teacher where it is wanted and works; whether they are.
+
+    Raises:
+        ConfigError: it was asked for, and does not work.
+    """
+    training = config.training
+    assert isinstance(training, StageConfig)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = training_flops(parameters, tokens, with_teacher=teacher is not None)
+    choice = choose_compile(
+        training.compile, model=model, compute=compute, sharded=is_cut(config.distributed), flops=flops
+    )
+    problem = None
+    if choice.compiles:
+        warms_up = training.quantization_warmup.schedule != "none"
+        rows, length = training.batch_size, training.max_seq_length
+        problem = compile_model(model, compute, rows, length, gradients=True, warms_up=warms_up)
+        if problem is None and teacher is not None and isinstance(teacher.model, CausalLM) and not teacher.offload:
+            problem = compile_model(teacher.model, compute, rows, length, gradients=False)
+    if problem is not None:
+        model.forget_compiled()
+        if training.compile is True:
+            raise ConfigError(f"training.compile=true does not work here ({problem}); use training.compile=false")
+        logger.warning("blocks are not compiled: %s", problem)
+    logger.info("compiled blocks: %s", "no" if problem or not choice.compiles else f"yes ({choice.reason})")
+    return choice.compiles and problem is None
 
 
 def saves_later(config: CheckpointConfig, compute: Compute) -> bool:

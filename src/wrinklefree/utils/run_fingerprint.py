@@ -45,6 +45,7 @@ INFRASTRUCTURE_PAIRS = frozenset(
         ("packing", "attention"),
         ("teacher", "offload"),
         ("training", "activation_checkpointing"),
+        ("training", "compile"),
         ("training", "evaluation"),
         ("training", "max_nonfinite_steps"),
         # Paths of what the stage eats: `inputs` carries the fingerprints, and a path may move.
