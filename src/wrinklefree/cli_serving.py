@@ -10,9 +10,11 @@ from typing import Any
 
 from wrinklefree.utils.errors import ConfigError
 
-ENGINES = ("auto", "llama.cpp", "bitnet.cpp", "torch")
+ENGINES = ("auto", "native", "llama.cpp", "bitnet.cpp", "torch")
+CACHES = ("f16", "int8", "f32")
+HEADS = ("int8", "int4", "f16", "f32")
 KEY_VARIABLE = "WRINKLEFREE_API_KEY"
-MODEL_HELP = "a GGUF file, or a checkpoint folder (torch runs those)"
+MODEL_HELP = "a GGUF file, or a checkpoint folder (native and torch run those)"
 
 
 def run_server(argv: Sequence[str] | None, log: Callable[[], None]) -> int:
@@ -110,10 +112,18 @@ def _add_engine_flags(parser: argparse.ArgumentParser) -> None:
         help="tokens of a prompt and its answer (the model's, up to 4096)",
     )
     add("--threads", type=_count(1), metavar="N", help="processor threads (the engine's choice)")
+    add("--cache-type", choices=CACHES, help="keys and values of the native engine (f16; int8 takes half)")
+    add("--head-type", choices=HEADS, help="output layer of the native engine (int8)")
 
 
 def _engine_options(flags: argparse.Namespace) -> dict[str, Any]:
-    return {"engine": flags.engine, "context_length": flags.context_length, "threads": flags.threads}
+    return {
+        "engine": flags.engine,
+        "context_length": flags.context_length,
+        "threads": flags.threads,
+        "cache": flags.cache_type,
+        "head": flags.head_type,
+    }
 
 
 def _prompt(flags: argparse.Namespace) -> str | None:

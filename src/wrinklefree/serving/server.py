@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import uvicorn
 
@@ -26,6 +26,9 @@ from wrinklefree.serving.limits import LOOPBACK_NAMES, Guard, Limits, guarded_pr
 from wrinklefree.serving.metrics import Metrics
 from wrinklefree.serving.service import Loaded, Service, ServiceSettings
 from wrinklefree.utils.errors import ConfigError, CredentialsError, NetworkError
+
+if TYPE_CHECKING:
+    from wrinklefree.serving.engine.native.model import CacheType, HeadType
 
 CLOSE_SECONDS = 30.0
 """Longest wait for an engine that is closed."""
@@ -176,6 +179,8 @@ def serve(
     context_length: int | None = None,
     slots: int = 4,
     threads: int | None = None,
+    cache: "CacheType | None" = None,
+    head: "HeadType | None" = None,
 ) -> int:
     """Serve a GGUF file or a checkpoint folder until a signal; returns the exit code.
 
@@ -188,7 +193,15 @@ def serve(
     def open_model() -> Engine:
         from wrinklefree.serving.engine.choose import open_engine
 
-        return open_engine(model, engine=engine, context_length=context_length, slots=slots, threads=threads)
+        return open_engine(
+            model,
+            engine=engine,
+            context_length=context_length,
+            slots=slots,
+            threads=threads,
+            cache=cache,
+            head=head,
+        )
 
     server = Server(settings, open_model)
     code = server.run_until_stopped()

@@ -8,7 +8,9 @@ import pytest
 from wrinklefree.models.artifact import Artifact
 from wrinklefree.serving.engine import choose
 from wrinklefree.serving.engine.choose import choose_engine, open_engine, resolve_context
+from wrinklefree.serving.engine.native import library
 from wrinklefree.serving.engine.protocol import Sampling
+from wrinklefree.serving.engine.support import ENGINES
 from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError
 from wrinklefree.utils.gguf import read_gguf
 
@@ -38,6 +40,59 @@ def test_auto_takes_the_first_that_is_there(
 def test_auto_passes_over_who_does_not_run_the_file(write_header: WriteHeader, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, "llama.cpp", "bitnet.cpp", "torch")
     assert choose_engine(read_gguf(write_header("wrinklefree"))) == "torch"
+
+
+def test_auto_takes_the_native_engine_first_and_says_when_it_is_not_there(
+    ternary_gguf: Path, ternary_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = read_gguf(ternary_gguf)
+    installed(monkeypatch, *ENGINES)
+    assert choose_engine(file) == "native"
+    assert not caplog.records
+    installed(monkeypatch, "llama.cpp", "torch")
+    assert choose_engine(file) == "llama.cpp"
+    engine = open_engine(ternary_folder, slots=1, threads=1)
+    engine.close()
+    assert engine.info.engine == "torch"
+    assert [record.getMessage().split(":")[1] for record in caplog.records] == [
+        " another engine answers, more slowly", " torch answers, more slowly",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not library.is_available(), reason="needs the CPU engine's library, or a compiler")
+def test_native_and_torch_give_the_same_tokens(ternary_gguf: Path, ternary_folder: Path, prompt: list[int]) -> None:
+    answers, used = [], []
+    for model, name in ((ternary_gguf, "auto"), (ternary_folder, "native"), (ternary_gguf, "torch")):
+        engine = open_engine(model, engine=name, context_length=128, slots=2, threads=1)
+        answers.append([token.id for token in engine.stream(prompt, Sampling(12, temperature=0))])
+        used.append(engine.info.engine)
+        assert engine.end_tokens == {0}
+        engine.close()
+    assert used == ["native", "native", "torch"]
+    assert answers[0] == answers[1] == answers[2]
+
+
+@pytest.mark.skipif(not library.is_available(), reason="needs the CPU engine's library, or a compiler")
+def test_types_of_cache_and_head_reach_the_engine(ternary_gguf: Path, prompt: list[int]) -> None:
+    logprobs = []
+    for types in ({}, {"cache": "int8"}, {"head": "int4"}, {"cache": "f32", "head": "f32"}):
+        engine = open_engine(ternary_gguf, engine="native", context_length=64, slots=1, threads=1, **types)
+        token = next(iter(engine.stream(prompt, Sampling(1, temperature=0, logprobs=0))))
+        engine.close()
+        assert token.logprob is not None
+        logprobs.append(token.logprob)
+    assert len(set(logprobs)) == 4
+    assert max(logprobs) - min(logprobs) < 0.5
+    with pytest.raises(ConfigError, match="types of cache and head are the native engine's, and torch runs"):
+        open_engine(ternary_gguf, engine="torch", cache="int8")
+
+
+def test_a_missing_library_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise EngineError("the CPU engine was not built")
+
+    monkeypatch.setattr(library, "load_library", refuse)
+    assert not library.is_available()
 
 
 def test_auto_says_what_to_install(write_header: WriteHeader, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Which engine runs a file: every row of the tables, and headers that no engine should see."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from wrinklefree.utils.gguf import TensorInfo, read_gguf
 WriteHeader = Callable[..., Path]
 WEIGHT = np.zeros((32, 32), np.float32)
 VECTOR = np.ones(32, np.float32)
+BEFORE = ENGINES[1:]
+"""All but the native engine, which runs what our converter describes."""
+OURS = {"wrinklefree.config": "{}"}
 
 
 def named(*names: str) -> dict[str, np.ndarray]:
@@ -24,10 +28,10 @@ def named(*names: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("architecture", "options", "engines", "text"),
     [
-        ("bitnet", {"tensors": named("attn_sub_norm.weight", "ffn_sub_norm.weight")}, ENGINES, ""),
-        ("llama", {}, ENGINES, ""),
-        ("qwen2", {"tensors": named("attn_q.bias")}, ENGINES, ""),
-        ("qwen3", {"tensors": named("attn_q_norm.weight")}, ENGINES, ""),
+        ("bitnet", {"tensors": named("attn_sub_norm.weight", "ffn_sub_norm.weight")}, BEFORE, ""),
+        ("llama", {}, BEFORE, ""),
+        ("qwen2", {"tensors": named("attn_q.bias")}, BEFORE, ""),
+        ("qwen3", {"tensors": named("attn_q_norm.weight")}, BEFORE, ""),
         (
             "qwen3",
             {"tensors": named("attn_output_norm_in.weight")},
@@ -37,21 +41,21 @@ def named(*names: str) -> dict[str, np.ndarray]:
         ("wrinklefree", {"tensors": named("attn_sub_norm.weight")}, ("torch",), "the architecture wrinklefree"),
         ("llama", {"tensors": named("attn_sub_norm.weight")}, ("torch",), "SubLN norms outside of the architecture"),
         ("bitnet", {"metadata": {"wrinklefree.hidden_act": "relu2"}}, ("torch",), "the ReLU² activation"),
-        ("llama", {"metadata": {"wrinklefree.hidden_act": "silu"}}, ENGINES, ""),
+        ("llama", {"metadata": {"wrinklefree.hidden_act": "silu"}}, BEFORE, ""),
         ("bitnet", {"tensors": named("attn_q.bias")}, ("torch",), "biases in the architecture bitnet"),
         ("qwen3", {"tensors": named("attn_q.bias")}, ("torch",), "biases in the architecture qwen3"),
         ("bitnet", {"tensors": {"output.weight": WEIGHT}}, ("torch",), "an untied head"),
-        ("llama", {"tensors": {"output.weight": WEIGHT}}, ENGINES, ""),
+        ("llama", {"tensors": {"output.weight": WEIGHT}}, BEFORE, ""),
         ("bitnet", {"tensors": named("attn_q_norm.weight")}, ("torch",), "q and k norms"),
         ("bitnet", {"metadata": {"bitnet.attention.key_length": 16}}, ("torch",), "heads whose sizes"),
-        ("bitnet", {"metadata": {"bitnet.attention.key_length": 8}}, ENGINES, ""),
+        ("bitnet", {"metadata": {"bitnet.attention.key_length": 8}}, BEFORE, ""),
         ("llama", {"metadata": {"llama.rope.scaling.type": "yarn"}}, ("llama.cpp", "bitnet.cpp"), "rope scaling"),
         ("llama", {"metadata": {"llama.rope.dimension_count": 4}}, ("llama.cpp", "bitnet.cpp"), "partly rotated"),
-        ("llama", {"metadata": {"llama.rope.scaling.type": "none"}}, ENGINES, ""),
+        ("llama", {"metadata": {"llama.rope.scaling.type": "none"}}, BEFORE, ""),
         (
             "llama",
             {"metadata": {"llama.rope.scaling.type": "linear", "wrinklefree.config": "{}"}},
-            ENGINES,
+            BEFORE,
             "",
         ),
         ("gemma3", {}, (), "the architecture gemma3"),
@@ -61,15 +65,16 @@ def test_a_file_and_its_engines(
     write_header: WriteHeader, architecture: str, options: dict[str, Any], engines: tuple[str, ...], text: str
 ) -> None:
     blocked = obstacles(read_gguf(write_header(architecture, **options)))
-    assert tuple(name for name in ENGINES if name not in blocked) == engines
-    assert all(text in reason for reason in blocked.values())
+    assert tuple(name for name in BEFORE if name not in blocked) == engines
+    assert all(text in blocked[name] for name in BEFORE if name in blocked)
 
 
 @pytest.mark.parametrize(
-    ("kind", "engines"), [("Q2_0", ("llama.cpp", "torch")), ("I2_S", ("bitnet.cpp", "torch")), ("TQ2_0", ENGINES)]
+    ("kind", "engines"),
+    [("Q2_0", ("native", "llama.cpp", "torch")), ("I2_S", ("native", "bitnet.cpp", "torch")), ("TQ2_0", ENGINES)],
 )
 def test_types_decide(write_header: WriteHeader, kind: str, engines: tuple[str, ...]) -> None:
-    file = read_gguf(write_header())
+    file = read_gguf(write_header(metadata=OURS))
     file.tensors["blk.0.ffn_up.weight"] = TensorInfo("blk.0.ffn_up.weight", (32, 32), kind, 0, 0)
     blocked = obstacles(file)
     assert tuple(name for name in ENGINES if name not in blocked) == engines
@@ -77,14 +82,27 @@ def test_types_decide(write_header: WriteHeader, kind: str, engines: tuple[str, 
 
 
 @pytest.mark.parametrize(
-    ("machine", "layout", "engines"), [("x86_64", "x86", 3), ("x86_64", "arm", 1), ("arm64", "arm", 3)]
+    ("machine", "layout", "engines"), [("x86_64", "x86", 4), ("x86_64", "arm", 2), ("arm64", "arm", 4)]
 )
 def test_i2_s_of_another_cpu(
     write_header: WriteHeader, monkeypatch: pytest.MonkeyPatch, machine: str, layout: str, engines: int
 ) -> None:
     monkeypatch.setattr(support.platform, "machine", lambda: machine)
-    blocked = obstacles(read_gguf(write_header(metadata={"wrinklefree.i2_s_layout": layout})))
+    blocked = obstacles(read_gguf(write_header(metadata=OURS | {"wrinklefree.i2_s_layout": layout})))
     assert len(ENGINES) - len(blocked) == engines
+
+
+def test_the_native_engine_runs_ternary_files_of_our_converter(
+    write_header: WriteHeader, ternary_gguf: Path, tmp_path: Path
+) -> None:
+    assert "native" not in obstacles(read_gguf(ternary_gguf))
+    blocked = obstacles(read_gguf(write_header("llama")))
+    assert blocked == {"native": "no description of a ternary model by our converter"}
+    file = read_gguf(ternary_gguf)
+    config = json.loads(file.text("wrinklefree.config"))
+    for changed in (None, config["bitnet"] | {"weight_scale": "median"}):
+        file.metadata["wrinklefree.config"] = json.dumps(config | {"bitnet": changed})
+        assert obstacles(file)["native"] == "no description of a ternary model by our converter"
 
 
 def test_a_refusal_names_the_feature_and_who_can(write_header: WriteHeader) -> None:

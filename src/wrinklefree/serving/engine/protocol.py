@@ -45,7 +45,7 @@ class EngineInfo:
     """What an engine says of itself."""
 
     engine: str
-    """The name that `--engine` takes: llama.cpp, bitnet.cpp or torch."""
+    """The name that `--engine` takes: native, llama.cpp, bitnet.cpp or torch."""
     model: str
     """The model's name, as /v1/models lists it."""
     context_length: int

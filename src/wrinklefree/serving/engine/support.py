@@ -10,19 +10,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from wrinklefree.models.gguf_settings import foreign_settings
+from wrinklefree.models.gguf_settings import CONFIG_KEY, foreign_settings
 from wrinklefree.utils.errors import CheckpointError, ConfigError
 from wrinklefree.utils.gguf import GGUFFile
 
-EngineName = Literal["llama.cpp", "bitnet.cpp", "torch"]
-ENGINES: tuple[EngineName, ...] = ("llama.cpp", "bitnet.cpp", "torch")
-"""In the order in which `auto` takes them."""
+EngineName = Literal["native", "llama.cpp", "bitnet.cpp", "torch"]
+ENGINES: tuple[EngineName, ...] = ("native", "llama.cpp", "bitnet.cpp", "torch")
+"""In the order in which `auto` takes them: the fastest first."""
 
 _ALL = frozenset(ENGINES)
-_OURS: frozenset[EngineName] = frozenset({"torch"})
-_STOCK: frozenset[EngineName] = frozenset({"llama.cpp", "torch"})
-_BITNET: frozenset[EngineName] = frozenset({"bitnet.cpp", "torch"})
-_NATIVE: frozenset[EngineName] = frozenset({"llama.cpp", "bitnet.cpp"})
+_OURS: frozenset[EngineName] = frozenset({"native", "torch"})
+_STOCK: frozenset[EngineName] = frozenset({"native", "llama.cpp", "torch"})
+_BITNET: frozenset[EngineName] = frozenset({"native", "bitnet.cpp", "torch"})
+_OTHERS: frozenset[EngineName] = frozenset({"llama.cpp", "bitnet.cpp"})
+_NOT_NATIVE: frozenset[EngineName] = _ALL - {"native"}
 
 ARCHITECTURES: Mapping[str, frozenset[EngineName]] = {
     "bitnet": _ALL,
@@ -44,12 +45,12 @@ TYPES: Mapping[str, frozenset[EngineName]] = {
     "TQ2_0": _ALL,
     "Q2_0": _STOCK,
     "I2_S": _BITNET,
-    "Q5_0": _NATIVE,
-    "Q5_1": _NATIVE,
-    "Q2_K": _NATIVE,
-    "Q3_K": _NATIVE,
-    "Q4_K": _NATIVE,
-    "Q5_K": _NATIVE,
+    "Q5_0": _OTHERS,
+    "Q5_1": _OTHERS,
+    "Q2_K": _OTHERS,
+    "Q3_K": _OTHERS,
+    "Q4_K": _OTHERS,
+    "Q5_K": _OTHERS,
 }
 
 
@@ -88,6 +89,18 @@ def _layout_of_another_cpu(file: GGUFFile) -> bool:
     return layout is not None and layout != cpu_family()
 
 
+def _is_not_ternary_of_ours(file: GGUFFile) -> bool:
+    if CONFIG_KEY not in file.metadata:
+        return True
+    from wrinklefree.models.gguf_weights import config_from_gguf  # torch takes seconds to import
+
+    try:
+        _, bitnet = config_from_gguf(file)
+    except CheckpointError:  # who loads the file says what is wrong with it
+        return False
+    return bitnet is None or not bitnet.is_plain
+
+
 MOST_BLOCKS = 512
 """llama.cpp aborts above."""
 
@@ -121,9 +134,10 @@ FEATURES: tuple[Feature, ...] = (
     Feature(
         "rope scaling, partly rotated heads or a scale of attention that only its header describes",
         lambda file: any(foreign_settings(file)),
-        _NATIVE,
+        _OTHERS,
     ),
     Feature("I2_S tensors laid out for another family of CPUs", _layout_of_another_cpu, _OURS),
+    Feature("no description of a ternary model by our converter", _is_not_ternary_of_ours, _NOT_NATIVE),
 )
 
 

@@ -38,17 +38,19 @@ static void *allocate(size_t size) {
 static size_t padded(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
 static void compare_products(void) {
-    int32_t groups = between(1, 150), stride = (int32_t)padded((size_t)groups * 4, 64), tokens = between(1, 40), wide = between(0, 1);
-    size_t tile_bytes = (size_t)groups * (wide ? 256 : 64), code_bytes = (size_t)tokens * (size_t)stride;
+    int32_t groups = between(1, 150), stride = (int32_t)padded((size_t)groups * 4, 64), tokens = between(1, 40), kind = between(0, 2);
+    if (kind == 2) groups = groups / 8 * 8 + 8, stride = (int32_t)padded((size_t)groups * 4, 64);
+    size_t tile_bytes = kind == 2 ? (size_t)groups / 8 * 1088 : (size_t)groups * (kind ? 256 : 64), code_bytes = (size_t)tokens * (size_t)stride;
     uint8_t *tiles = allocate(tile_bytes);
     int8_t *codes = allocate(code_bytes);
     int32_t *expected = allocate((size_t)tokens * 256), *sums = allocate((size_t)tokens * 256);
-    for (size_t i = 0; i < tile_bytes; i++) /* planes hold 0, 1, 2; bytes 1 to 255 */
-        tiles[i] = wide ? (uint8_t)between(1, 255) : (uint8_t)(between(0, 2) | between(0, 2) << 2 | between(0, 2) << 4 | between(0, 2) << 6);
+    for (size_t i = 0; i < tile_bytes; i++) /* planes hold 0, 1, 2; bytes 1 to 255; nibbles anything, their multipliers 0 to 63 */
+        tiles[i] = kind == 2 ? (uint8_t)between(0, i % 1088 < 1024 ? 255 : 63)
+                   : kind ? (uint8_t)between(1, 255) : (uint8_t)(between(0, 2) | between(0, 2) << 2 | between(0, 2) << 4 | between(0, 2) << 6);
     for (size_t i = 0; i < code_bytes; i++) codes[i] = (int8_t)(i % (size_t)stride < (size_t)groups * 4 ? between(-127, 127) : 0);
-    REQUIRE(wf_products("plain", wide, tiles, groups, codes, stride, tokens, expected) == 0);
+    REQUIRE(wf_products("plain", kind, tiles, groups, codes, stride, tokens, expected) == 0);
     for (int32_t i = 0; wf_isa_name(i); i++) {
-        REQUIRE(wf_products(wf_isa_name(i), wide, tiles, groups, codes, stride, tokens, sums) == 0);
+        REQUIRE(wf_products(wf_isa_name(i), kind, tiles, groups, codes, stride, tokens, sums) == 0);
         REQUIRE(!memcmp(sums, expected, (size_t)tokens * 256));
     }
     free(tiles), free(codes), free(expected), free(sums);
@@ -109,11 +111,11 @@ static const void *rows_of(size_t rows, size_t width, int32_t type) {
 static WfConfig random_config(WfLayer *layers) {
     WfConfig c = {.vocabulary = between(1, 200), .hidden = between(1, 150), .inner = between(1, 200), .layers = between(1, 3),
                   .key_heads = between(1, 3), .head_dim = 2 * between(1, 20), .squared_relu = between(0, 1), .eps = 1e-5f,
-                  .context = between(20, 100), .slots = between(1, 3), .max_tokens = between(1, 40), .cache_type = between(0, 1),
+                  .context = between(20, 100), .slots = between(1, 3), .max_tokens = between(1, 40), .cache_type = (int32_t[]){WF_F32, WF_F16, WF_INT8}[between(0, 2)],
                   .embedding_type = between(0, 2), .threads = between(1, 3)};
     c.heads = c.key_heads * between(1, 5);
     c.code_max = (int32_t[]){127, 7, 0}[between(0, 2)];
-    c.head_type = (int32_t[]){WF_F32, WF_F16, WF_INT8}[between(0, 2)];
+    c.head_type = (int32_t[]){WF_F32, WF_F16, WF_INT8, WF_INT4}[between(0, 3)];
     size_t hidden = (size_t)c.hidden, inner = (size_t)c.inner, d = (size_t)c.head_dim, vocabulary = (size_t)c.vocabulary;
     size_t query = (size_t)c.heads * d, key = (size_t)c.key_heads * d;
     int placement = between(0, 2), bias = between(0, 1), qk_norm = between(0, 1), each = placement == 2, any = placement > 0;
@@ -131,6 +133,11 @@ static WfConfig random_config(WfLayer *layers) {
         uint8_t *head = keep(size);
         for (size_t i = 0; i < size; i++) head[i] = (uint8_t)between(1, 255);
         c.head = head, c.head_scales = vector(vocabulary, 1e-3f, 2e-3f);
+    } else if (c.head_type == WF_INT4) {
+        size_t size = padded(vocabulary, 64) / 64 * (padded(hidden, 32) / 32) * 1088;
+        uint8_t *head = keep(size);
+        for (size_t i = 0; i < size; i++) head[i] = (uint8_t)(i % 1088 < 1024 ? between(0, 255) : between(0, 63));
+        c.head = head, c.head_scales = vector(vocabulary, 1e-4f, 2e-4f);
     } else {
         c.head = rows_of(vocabulary, hidden, c.head_type);
     }

@@ -9,7 +9,14 @@ from numpy.typing import NDArray
 
 from wrinklefree.quantization.activation_quant import quantize_activation
 from wrinklefree.serving.engine.native.library import chosen_isa, isa_names, load_library
-from wrinklefree.serving.engine.native.pack import pack_bytes, pack_ternary, padded, unpack_ternary
+from wrinklefree.serving.engine.native.pack import (
+    pack_bytes,
+    pack_nibbles,
+    pack_ternary,
+    padded,
+    unpack_nibbles,
+    unpack_ternary,
+)
 from wrinklefree.utils.errors import ConfigError
 
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 16, 17, 31, 32, 33, 48, 63, 127, 128)
@@ -27,9 +34,10 @@ def products(isa: str, tiles: NDArray[np.uint8], codes: NDArray[np.int8], column
     rows = np.zeros((tokens, stride), np.int8)
     rows[:, : codes.shape[1]] = codes
     sums = np.full((tokens + 1, 64), 123456789, np.int32)
-    wide = tiles.shape[-1] == 256
+    kind = {64: 0, 256: 1, 1088: 2}[tiles.shape[-1]]
+    groups = tiles.shape[-2] * (8 if kind == 2 else 1)
     result = load_library().wf_products(
-        isa.encode(), wide, pointer(tiles), tiles.shape[-2], pointer(rows), stride, tokens, pointer(sums)
+        isa.encode(), kind, pointer(tiles), groups, pointer(rows), stride, tokens, pointer(sums)
     )
     assert result == 0
     assert (sums[tokens] == 123456789).all(), "wrote beyond its rows"
@@ -91,6 +99,56 @@ def test_byte_products_are_exact(isa: str, columns: int) -> None:
     for tokens in TOKENS:
         codes = random.integers(-127, 128, (tokens, columns), dtype=np.int8)
         assert (products(isa, tiles, codes, columns) == codes.astype(np.int32) @ stored.T).all()
+
+
+@pytest.mark.parametrize("columns", [32, 64, 96, 576, 2560])
+def test_nibble_products_are_exact(isa: str, columns: int) -> None:
+    random = np.random.default_rng(columns)
+    tiles = random.integers(0, 256, (1, columns // 32, 1088), dtype=np.uint8)
+    tiles[:, :, 1024:] &= 63
+    weight = unpack_nibbles(tiles, np.ones(64, np.float32)).astype(np.int64)
+    for tokens in TOKENS:
+        codes = random.integers(-127, 128, (tokens, columns), dtype=np.int8)
+        assert (products(isa, tiles, codes, columns) == codes.astype(np.int64) @ weight.T).all()
+
+
+@pytest.mark.parametrize("x", [127, -127])
+@pytest.mark.parametrize("nibble", [0, 15])
+def test_nibble_extremes_do_not_overflow(isa: str, x: int, nibble: int) -> None:
+    tiles = np.full((1, 1024, 1088), nibble * 17, np.uint8)
+    tiles[:, :, 1024:] = 63
+    for tokens in (1, 2, 3):
+        sums = products(isa, tiles, np.full((tokens, 32768), x, np.int8), 32768)
+        assert (sums == x * (nibble - 8) * 63 * 32768).all()
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(64, 32), (1, 1), (65, 33), (130, 96)])
+def test_nibbles_are_near_the_weight(rows: int, columns: int) -> None:
+    weight = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float32)
+    tiles, scales = pack_nibbles(weight)
+    restored = unpack_nibbles(tiles, scales)
+    assert not restored[rows:].any()
+    assert not restored[:, columns:].any()
+    # Every value within its step of 1/7 of its group's largest, or cut at the shortest range that is tried.
+    width = padded(columns, 32)
+    largest = np.zeros((rows, width), np.float32)
+    largest[:, :columns] = np.abs(weight)
+    largest = largest.reshape(rows, -1, 32).max(axis=2).repeat(32, axis=1)[:, :columns]
+    row_step = np.abs(weight).max(axis=1, keepdims=True) / 63
+    assert (np.abs(restored[:rows, :columns] - weight) <= 0.29 * largest + row_step).all()
+    if columns >= 32:
+        assert np.linalg.norm(restored[:rows, :columns] - weight) < 0.1 * np.linalg.norm(weight)
+
+
+def test_one_byte_of_a_nibble_tile() -> None:
+    weight = np.zeros((64, 64), np.float32)
+    weight[35, 32 + 6], weight[51, 32 + 6] = 7, -3.5
+    tiles, scales = pack_nibbles(weight)
+    assert tiles.shape == (1, 2, 1088)
+    tile = tiles[0, 1, 128:256]
+    assert [tile[64 + 4 * 3 + 2] & 15, tile[64 + 4 * 3 + 2] >> 4] == [15, 1]
+    assert (tiles[0, 0, :1024] == 0x88).all()
+    assert (tiles[0, 1, 1024 + 35], scales[35]) == (63, pytest.approx(1 / 63))
 
 
 @pytest.mark.parametrize("x", [127, -127])
@@ -166,5 +224,10 @@ def test_wrong_sizes_are_refused(isa: str) -> None:
             )
             == 1
         )
+    for kind, groups in [(2, 12), (3, 8), (-1, 8)]:  # a 4-bit group has eight tiles
+        problem = library.wf_products(
+            isa.encode(), kind, pointer(buffer), groups, pointer(buffer), 64, 1, pointer(buffer)
+        )
+        assert problem == 1
     assert library.wf_products(b"nothing", 0, pointer(buffer), 1, pointer(buffer), 64, 1, pointer(buffer)) == 1
     assert ctypes.sizeof(ctypes.c_void_p) == 8

@@ -93,7 +93,7 @@ def test_other_activation_precisions(bits: int | None, placement: str) -> None:
     assert np.median(errors) < (1e-5 if bits == 4 else 1e-4)
 
 
-@pytest.mark.parametrize(("head", "limit"), [("f16", 4e-4), ("int8", 1e-2)])
+@pytest.mark.parametrize(("head", "limit"), [("f16", 4e-4), ("int8", 1e-2), ("int4", 0.2)])
 def test_narrow_heads_cost_what_their_bits_say(head: str, limit: float) -> None:
     model = random_model(LLAMA, "output")
     ids = tokens(50, 131)
@@ -127,13 +127,55 @@ def test_f16_cache_moves_logits_by_little() -> None:
     assert 1e-6 < errors.mean() < 1e-2
 
 
+def test_int8_cache_moves_logits_by_little() -> None:
+    """A hundredth, and ten times what half precision does: it is really 8 bits."""
+    ids = tokens(60, 131)
+    for name in ("llama", "qwen3", "odd_sizes"):
+        packed = PackedModel.from_model(random_model(ARCHITECTURES[name], "output"), "f32")
+        ids = tokens(60, packed.architecture.vocab_size)
+        exact = NativeModel(packed, OPTIONS).logits(ids)
+        codes = NativeModel(packed, replace(OPTIONS, cache="int8")).logits(ids)
+        assert 1e-4 < relative_error(codes, exact).mean() < 3e-2
+
+
+def test_int8_cache_is_the_attention_of_rounded_keys_and_values() -> None:
+    """One layer, unquantized activations: the keys and values, rounded to 127 steps of their largest, in PyTorch."""
+    one = LLAMA.model_copy(update={"num_hidden_layers": 1})
+    model = random_model(one, "none", activation_bits=None)
+    ids = tokens(50, 131)
+    exact = reference(model, ids)
+    inner = torch.nn.functional.scaled_dot_product_attention
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().amax(dim=-1, keepdim=True) / 127
+        return (x / scale).round() * scale
+
+    def attend(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object, **named: object
+    ) -> torch.Tensor:
+        return inner(query, rounded(key), rounded(value), *rest, **named)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+        expected = reference(model, ids)
+    assert relative_error(expected, exact).mean() > 1e-5, "the reference did not go through the rounding"
+    found = NativeModel(PackedModel.from_model(model, "f32"), replace(OPTIONS, cache="int8")).logits(ids)
+    assert np.median(relative_error(found, expected)) < np.median(relative_error(found, exact)) / 5
+
+
+def test_too_wide_a_model_for_four_bits_is_refused() -> None:
+    wide = LLAMA.model_copy(update={"hidden_size": 32832})
+    with pytest.raises(ConfigError, match="32832 dimensions, a 4-bit head has up to 32768; use int8"):
+        PackedModel.from_tensors(wide, BitNetSpec(placement="none", gain="ones"), [], "int4")
+
+
 @pytest.fixture(scope="module")
 def packed() -> PackedModel:
     """Grouped heads, norms everywhere, an int8 head."""
     return PackedModel.from_model(random_model(ARCHITECTURES["qwen3"], "per_projection"))
 
 
-@pytest.fixture(scope="module", params=["f16", "f32"])
+@pytest.fixture(scope="module", params=["f16", "int8", "f32"])
 def expected(packed: PackedModel, request: pytest.FixtureRequest) -> tuple[NativeOptions, NDArray[np.float32]]:
     """Options, and logits of 90 tokens in chunks of 40 on one thread."""
     options = replace(OPTIONS, cache=request.param)

@@ -28,7 +28,7 @@ ISA_VARIABLE = "WRINKLEFREE_ENGINE_ISA"
 LIBRARY_VARIABLE = "WRINKLEFREE_ENGINE_LIBRARY"
 """Path of a library to load instead: a sanitizer build, another compiler's."""
 
-F32, F16, BF16, INT8 = range(4)
+F32, F16, BF16, INT8, INT4 = range(5)
 
 
 class LinearRecord(Structure):
@@ -101,6 +101,15 @@ def load_library() -> ctypes.CDLL:
         raise EngineError(
             f"the CPU engine was not built ({error}); install a C compiler or set CC, or choose another engine"
         ) from error
+
+
+def is_available() -> bool:
+    """Whether the library is there, or could be built just now."""
+    try:
+        load_library()
+    except EngineError:
+        return False
+    return True
 
 
 def isa_names() -> list[str]:

@@ -2,7 +2,8 @@
 
 Building needs one full-precision tensor at a time: each projection is ternarized, packed and let go. The embedding keeps
 every bit (in 16 bits where those hold all its values), since looking a row up costs nothing; the head, which every token
-reads as a whole, is stored in 8 bits a weight unless asked otherwise, multiplied by 15-bit activations.
+reads as a whole, is stored in 8 bits a weight unless asked otherwise (4 bits lose some quality, docs/performance.md),
+multiplied by 15-bit activations.
 """
 
 import ctypes
@@ -25,6 +26,7 @@ from wrinklefree.serving.engine.native.library import (
     BF16,
     F16,
     F32,
+    INT4,
     INT8,
     ConfigRecord,
     LayerRecord,
@@ -32,14 +34,16 @@ from wrinklefree.serving.engine.native.library import (
     chosen_isa,
     load_library,
 )
-from wrinklefree.serving.engine.native.pack import PackedLinear, pack_bytes, pack_linear, padded_vector
+from wrinklefree.serving.engine.native.pack import PackedLinear, pack_bytes, pack_linear, pack_nibbles, padded_vector
 from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError
 
-HeadType = Literal["int8", "f16", "f32"]
-CacheType = Literal["f16", "f32"]
+HeadType = Literal["int8", "int4", "f16", "f32"]
+CacheType = Literal["f16", "int8", "f32"]
 
 MAX_COLUMNS = 131072
 """Widest projection whose integer sums cannot overflow (csrc/kernels.h)."""
+MAX_NIBBLE_COLUMNS = 32768
+"""The same of a 4-bit head."""
 
 _PROJECTIONS = {
     "self_attn.q_proj": "query",
@@ -123,6 +127,10 @@ class PackedModel:
         widest = max(architecture.hidden_size, architecture.intermediate_size, _query_size(architecture))
         if widest > MAX_COLUMNS:
             raise ConfigError(f"the model has {widest} dimensions, the CPU engine runs up to {MAX_COLUMNS}; use torch")
+        if head == "int4" and architecture.hidden_size > MAX_NIBBLE_COLUMNS:
+            raise ConfigError(
+                f"the model has {architecture.hidden_size} dimensions, a 4-bit head has up to {MAX_NIBBLE_COLUMNS}; use int8"
+            )
         wanted = parameter_shapes(architecture, bitnet)
         packed = cls(architecture, bitnet, head)
         for name, tensor in tensors:
@@ -169,6 +177,9 @@ class PackedModel:
     def _place_head(self, weight: NDArray[np.float32]) -> None:
         if self.head == "int8":
             self.head_rows, self.head_scales = pack_bytes(weight)
+            return
+        if self.head == "int4":
+            self.head_rows, self.head_scales = pack_nibbles(weight)
             return
         wanted = np.dtype(np.float32 if self.head == "f32" else np.float16)
         tied = self.architecture.tie_word_embeddings
@@ -363,9 +374,9 @@ def _config_record(
         context=options.context_length,
         slots=options.slots,
         max_tokens=options.max_tokens,
-        cache_type={"f32": F32, "f16": F16}[options.cache],
+        cache_type={"f32": F32, "f16": F16, "int8": INT8}[options.cache],
         embedding_type={"f": {4: F32, 2: F16}, "u": {2: BF16}}[packed.embedding.dtype.kind][packed.embedding.itemsize],
-        head_type={"f32": F32, "f16": F16, "int8": INT8}[packed.head],
+        head_type={"f32": F32, "f16": F16, "int8": INT8, "int4": INT4}[packed.head],
         threads=options.threads,
         isa=isa,
         embedding=_address(packed.embedding),

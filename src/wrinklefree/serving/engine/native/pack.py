@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 ROWS, COLUMNS = 64, 4
 HUGE_PAGE = 1 << 21
+NIBBLE_COLUMNS, NIBBLE_BYTES, NIBBLE_LEVELS = 32, 1088, 63
+"""Columns that share a multiplier, bytes of 64 rows of them, largest multiplier (csrc/kernels.h)."""
+SHRINKS = (1.0, 0.93, 0.86, 0.79, 0.72)
+"""Parts of the exact range that are tried: cutting the largest weights makes the steps of all others finer."""
 BLOCKS_AT_ONCE = 16
 """Blocks of rows that one pass handles: what it needs meanwhile stays small."""
 
@@ -108,3 +112,54 @@ def pack_bytes(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[
         ordered = stored.reshape(blocks, ROWS, groups, COLUMNS).swapaxes(1, 2)
         tiles[start : start + blocks] = ordered.reshape(blocks, groups, ROWS * COLUMNS)
     return tiles, scales
+
+
+def pack_nibbles(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """4-bit tiles [rows / 64, columns / 32, 1088] of a weight [rows, columns], and one scale a row (padded).
+
+    weight = scale * multiplier * q with q from -8 to 7 and, for every 32 columns of a row, the multiplier (0 to 63) whose
+    squared error is smallest of a few; stored are q + 8 and the multipliers.
+    """
+    rows, columns = weight.shape
+    groups = padded(columns, NIBBLE_COLUMNS) // NIBBLE_COLUMNS
+    tiles = huge_array((padded(rows) // ROWS, groups, NIBBLE_BYTES), np.uint8)
+    scales = np.zeros(padded(rows), np.float32)
+    for index in range(len(tiles)):
+        block = np.zeros((ROWS, groups, NIBBLE_COLUMNS), np.float32)
+        part = np.asarray(weight[index * ROWS : (index + 1) * ROWS], np.float32)
+        block.reshape(ROWS, -1)[: len(part), :columns] = part
+        codes, multipliers, scale = _nibbles(block)
+        scales[index * ROWS : (index + 1) * ROWS] = scale
+        # [plane pair, nibble, 16 rows, group, tile, 4 columns]: byte 4 r + j of a tile's half has two rows' nibbles.
+        planes = (codes + 8).astype(np.uint8).reshape(2, 2, 16, groups, 8, COLUMNS)
+        merged = planes[:, 0] | planes[:, 1] << 4
+        tiles[index, :, :1024] = merged.transpose(2, 3, 0, 1, 4).reshape(groups, 1024)
+        tiles[index, :, 1024:] = multipliers.T
+    return tiles, scales
+
+
+def unpack_nibbles(tiles: NDArray[np.uint8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The weight that 4-bit tiles stand for, float32 [rows, columns], both padded."""
+    blocks, groups, _ = tiles.shape
+    merged = tiles[:, :, :1024].reshape(blocks, groups, 8, 2, 16, COLUMNS)
+    planes = (
+        np.stack([merged & 15, merged >> 4], axis=4).astype(np.float32) - 8
+    )  # [block, group, tile, pair, nibble, row, column]
+    codes = planes.transpose(0, 3, 4, 5, 1, 2, 6).reshape(blocks, ROWS, groups, NIBBLE_COLUMNS)
+    factors = tiles[:, :, 1024:].swapaxes(1, 2).astype(np.float32) * scales.reshape(blocks, ROWS, 1)
+    return (codes * factors[..., None]).reshape(blocks * ROWS, groups * NIBBLE_COLUMNS).astype(np.float32)
+
+
+def _nibbles(block: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.uint8], NDArray[np.float32]]:
+    """Codes and multipliers of a block [rows, groups, 32], and one scale a row."""
+    largest = np.abs(block).max(axis=2)
+    scale = np.maximum(largest.max(axis=1) / (7 * NIBBLE_LEVELS), np.finfo(np.float32).tiny)
+    best_codes, best, error = np.zeros_like(block), np.zeros(largest.shape, np.uint8), np.full(largest.shape, np.inf)
+    for shrink in SHRINKS:
+        multipliers = np.clip(np.rint(largest * (shrink / 7) / scale[:, None]), 1, NIBBLE_LEVELS)
+        step = (multipliers * scale[:, None])[..., None]
+        codes = np.clip(np.rint(block / step), -8, 7)
+        wrong = np.square(codes * step - block).sum(axis=2)
+        better = wrong < error
+        best_codes[better], best[better], error[better] = codes[better], multipliers[better], wrong[better]
+    return best_codes, best, scale

@@ -27,7 +27,12 @@ typedef struct {
     WfLinear query, key, value, output, gate, up, down;
 } WfLayer;
 
-enum { WF_F32, WF_F16, WF_BF16, WF_INT8 };
+/* Types of numbers. */
+#define WF_F32 0
+#define WF_F16 1
+#define WF_BF16 2
+#define WF_INT8 3
+#define WF_INT4 4
 
 typedef struct {
     int32_t vocabulary, hidden, inner, layers, heads, key_heads, head_dim;
@@ -35,14 +40,14 @@ typedef struct {
     int32_t code_max;     /* largest activation code: 127, 7, or 0 for activations that are not quantized */
     float eps;
     int32_t context, slots, max_tokens; /* positions a slot, sequences, tokens a step */
-    int32_t cache_type;                 /* WF_F32 or WF_F16 */
+    int32_t cache_type;                 /* WF_F32, WF_F16, or WF_INT8 with a scale a position and head */
     int32_t embedding_type;             /* WF_F32, WF_F16 or WF_BF16 */
-    int32_t head_type;                  /* WF_F32, WF_F16 or WF_INT8 */
+    int32_t head_type;                  /* WF_F32, WF_F16, WF_INT8 or WF_INT4 */
     int32_t threads;
     const char *isa; /* a name of wf_isa_name, or NULL for the best */
     const void *embedding;         /* [vocabulary][hidden] */
-    const void *head;              /* rows as the embedding's, or u8 tiles [rows / 64][columns / 4][256] */
-    const float *head_scales;      /* [vocabulary padded to 64], WF_INT8 only */
+    const void *head;              /* rows as the embedding's, or tiles, see kernels.h */
+    const float *head_scales;      /* [vocabulary padded to 64], of tiles only */
     const float *final_norm;       /* [hidden padded to 64] */
     const float *cosines, *sines;  /* [context][head_dim / 2] */
 } WfConfig;
@@ -77,8 +82,8 @@ WF_API void wf_runner_free(WfRunner *runner);
 /* y [tokens][out_features] of x [tokens][in_features]; 0, or 1 for sizes that do not fit or too little memory. */
 WF_API int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
                          int32_t in_features, float *y, int32_t out_features);
-/* The integer products behind it: codes [tokens][stride], tiles of one 64-row block, sums [tokens][64]. 0, or 1. */
-WF_API int32_t wf_products(const char *isa, int32_t bytes, const uint8_t *tiles, int32_t groups, const int8_t *codes,
+/* The integer products behind it, of ternary (kind 0), 8-bit (1) or 4-bit tiles (2): codes [tokens][stride], tiles of one 64-row block, sums [tokens][64]. 0, or 1. */
+WF_API int32_t wf_products(const char *isa, int32_t kind, const uint8_t *tiles, int32_t groups, const int8_t *codes,
                            int32_t stride, int32_t tokens, int32_t *sums);
 /* Activation codes [tokens][stride] and scales as the engine computes them. 0, or 1. */
 WF_API int32_t wf_quantize(const char *isa, const float *x, int32_t tokens, int32_t width, int32_t stride,

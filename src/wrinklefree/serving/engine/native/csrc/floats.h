@@ -1,6 +1,6 @@
 /* Float loops, compiled once for every instruction set that includes this file.
  *
- * The includer defines SET(name), TARGET, LANES (floats a register), vec_fma, load_halves and half_of. Buffers are padded
+ * The includer defines SET(name), TARGET, LANES (floats a register), vec_fma, load_halves, half_of and load_codes. Buffers are padded
  * to 64 floats, so loops over widths need no tail; per-head loops, whose widths are not padded, have one.
  */
 #include <math.h>
@@ -191,20 +191,32 @@ TARGET static float SET(softmax)(float *scores, size_t length, size_t end, float
     return 1.0f / SET(total)(sums);
 }
 
-#define KV_F16 0
 #define KV(name) SET(name##_f32)
+#define KV_KIND WF_F32
 #define KV_TYPE float
 #define KV_LOAD(pointer) SET(load)(pointer)
 #define KV_STORE(value) (value)
 #include "attention.h"
 #undef KV
+#undef KV_KIND
 #undef KV_TYPE
 #undef KV_LOAD
 #undef KV_STORE
 #define KV(name) SET(name##_f16)
+#define KV_KIND WF_F16
 #define KV_TYPE uint16_t
 #define KV_LOAD(pointer) load_halves(pointer)
 #define KV_STORE(value) half_of((value) > 65504.0f ? 65504.0f : (value) < -65504.0f ? -65504.0f : (value)) /* never infinity; NaN stays */
+#include "attention.h"
+#undef KV
+#undef KV_KIND
+#undef KV_TYPE
+#undef KV_LOAD
+#undef KV_STORE
+#define KV(name) SET(name##_int8)
+#define KV_KIND WF_INT8
+#define KV_TYPE int8_t
+#define KV_LOAD(pointer) load_codes(pointer)
 #include "attention.h"
 
 TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
@@ -214,11 +226,13 @@ TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
     }
 }
 
-#define KERNELS(symbol, label, ternary_function, bytes_function)                                                        \
+#define KERNELS(symbol, label, ternary_function, bytes_function, nibbles_function)                                                        \
     const WfKernels symbol = {                                                                                          \
-        .name = label, .ternary = ternary_function, .bytes = bytes_function, .finish = SET(finish),                     \
+        .name = label, .ternary = ternary_function, .bytes = bytes_function, .nibbles = nibbles_function,                   \
+        .finish = SET(finish),                                                                                          \
         .quantize = SET(quantize), .rms_norm = SET(rms_norm), .rotate = SET(rotate), .gate = SET(gate),                 \
-        .attend = {SET(attend_f32), SET(attend_f16)}, .store = {SET(store_f32), SET(store_f16)},                        \
+        .attend = {[WF_F32] = SET(attend_f32), [WF_F16] = SET(attend_f16), [WF_INT8] = SET(attend_int8)},                   \
+        .store = {[WF_F32] = SET(store_f32), [WF_F16] = SET(store_f16), [WF_INT8] = SET(store_int8)},                       \
         .load_row = {SET(load_row_f32), SET(load_row_f16), SET(load_row_bf16)},                                         \
         .dot_row = {SET(dot_row_f32), SET(dot_row_f16)},                                                                \
     }

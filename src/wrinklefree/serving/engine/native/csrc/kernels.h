@@ -9,6 +9,11 @@
  *
  * 8-bit weights lie in tiles of 64 rows x 4 columns, 256 bytes each: byte 4 r + j is (weight + 128) of row r, column j.
  *
+ * 4-bit weights have a multiplier (0 to 63) for every row and 32 columns: value = multiplier * (nibble - 8) * scale of the row,
+ * so that sums stay integers. 64 rows x 32 columns take 1088 bytes: 8 tiles of 4 columns, 128 bytes each, then the 64
+ * multipliers. Byte 4 r + j of a tile holds column j of the rows r and 16 + r in its low and high nibble; byte 64 + 4 r + j
+ * that of the rows 32 + r and 48 + r. (8 * 63 * 127 * columns < 2^31, so columns <= WF_MAX_NIBBLE_COLUMNS.)
+ *
  * Integer products are the same for every instruction set. Float sums have a fixed order (16 partial sums, or along the
  * sequence), so the sets with fused multiply-add agree bit for bit; plain C has none and differs in the last bits.
  */
@@ -18,11 +23,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "engine.h"
+
 #define WF_ROWS 64         /* rows a block; also what widths are padded to */
 #define WF_KEY_BLOCK 32    /* positions a block of the key cache */
 #define WF_VALUE_PAD 16    /* a head's values are padded to this */
 #define WF_QUERY_ROWS 4    /* query rows that share one read of keys and values */
 #define WF_MAX_COLUMNS 131072
+#define WF_NIBBLE_GROUP 8    /* tiles that share their rows' multipliers */
+#define WF_NIBBLE_BYTES 1088 /* of such a group */
+#define WF_MAX_NIBBLE_COLUMNS 32768
 /* Bytes from what is read to what is fetched: the CPU's own prefetcher stops at page borders, and this gains 10 to 20 % (with
  * four tokens, whose arithmetic hides the wait, twice). Beyond the end nothing happens. */
 #define WF_AHEAD 2048
@@ -53,15 +63,17 @@ typedef struct {
     /* sums[t][row] = sum over columns of stored code (0..2, or 0..255) * codes[t][column], t < tokens. */
     void (*ternary)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
     void (*bytes)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
+    /* sums of multiplier * (nibble - 8) * code; `groups` is a multiple of WF_NIBBLE_GROUP. */
+    void (*nibbles)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
     void (*finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *finish);
     void (*quantize)(const float *x, size_t width, int32_t code_max, size_t token, const WfCodes *codes);
     void (*rms_norm)(const float *x, const float *gain, size_t width, float eps, float *y);
     void (*rotate)(float *x, const float *cosines, const float *sines, size_t half);
     void (*gate)(const float *gate, const float *up, size_t width, int squared_relu, float *y);
-    /* Attention of up to WF_QUERY_ROWS rows to one head's cache; row r sees lengths[r] positions, which do not decrease. */
-    void (*attend[2])(const void *keys, const void *values, size_t head_dim, const float *queries, size_t rows,
+    /* By type of the cache. Attention of up to WF_QUERY_ROWS rows to one head's cache; row r sees lengths[r] positions, which do not decrease. */
+    void (*attend[4])(const void *keys, const void *values, size_t head_dim, const float *queries, size_t rows,
                       const size_t *lengths, float *scores, size_t scores_stride, float *y);
-    void (*store[2])(void *keys, void *values, size_t head_dim, size_t position, const float *key, const float *value);
+    void (*store[4])(void *keys, void *values, size_t head_dim, size_t position, const float *key, const float *value);
     void (*load_row[3])(const void *row, size_t width, float *y);
     void (*dot_row[2])(const void *row, size_t width, const float *x, size_t stride, size_t tokens, float *y, size_t y_stride);
 } WfKernels;
@@ -77,5 +89,10 @@ extern const WfKernels wf_neon;
 const WfKernels *wf_kernels(const char *name);
 
 static inline size_t wf_padded(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+/* Bytes of WF_KEY_BLOCK positions of one head: keys, or values with padded width. */
+static inline size_t wf_cache_block(int32_t type, size_t width) {
+    return WF_KEY_BLOCK * (type == WF_F32 ? width * 4 : type == WF_F16 ? width * 2 : width + sizeof(float));
+}
 
 #endif

@@ -16,6 +16,7 @@
 #define vec_fma(a, b, c) ((VEC)_mm256_fmadd_ps((__m256)(a), (__m256)(b), (__m256)(c)))
 #define load_halves(pointer) ((VEC)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(pointer))))
 #define half_of(value) _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)
+#define load_codes(pointer) ((VEC)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(pointer)))))
 #include "floats.h"
 
 #define LOAD(pointer) _mm256_loadu_si256((const __m256i *)(pointer))
@@ -101,7 +102,48 @@ TARGET static void bytes(const uint8_t *tiles, size_t groups, const int8_t *code
     IN_TWOS_AND_ONES(QUARTERS)
 }
 
-KERNELS(wf_avx2, "avx2", ternary, bytes);
+/* 4 bits: a group's 8 steps stay below 8 * 2 * 15 * 127 = 30480 in 16 bits. A quarter of a tile is 8 rows of two planes. */
+INLINE void nibbles_quarter(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, const int tokens,
+                            size_t multipliers, int32_t *sums) {
+    const __m256i low = _mm256_set1_epi8(15), eights = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
+    __m256i total[2][2];
+    for (int t = 0; t < tokens; t++) total[t][0] = total[t][1] = _mm256_setzero_si256();
+    for (size_t first = 0; first < groups; first += WF_NIBBLE_GROUP, tiles += WF_NIBBLE_BYTES) {
+        __m256i part[2][3];
+        for (int t = 0; t < tokens; t++) part[t][0] = part[t][1] = part[t][2] = _mm256_setzero_si256();
+        for (size_t g = 0; g < WF_NIBBLE_GROUP; g++) {
+            __builtin_prefetch(tiles + 128 * g + WF_AHEAD);
+            __m256i w = LOAD(tiles + 128 * g), w0 = _mm256_and_si256(w, low), w1 = _mm256_and_si256(_mm256_srli_epi16(w, 4), low);
+#pragma GCC unroll 2
+            for (int t = 0; t < tokens; t++) {
+                __m256i x = broadcast(codes + t * stride + 4 * (first + g));
+                part[t][0] = _mm256_add_epi16(part[t][0], _mm256_maddubs_epi16(w0, x));
+                part[t][1] = _mm256_add_epi16(part[t][1], _mm256_maddubs_epi16(w1, x));
+                part[t][2] = _mm256_add_epi16(part[t][2], _mm256_maddubs_epi16(eights, x));
+            }
+        }
+#pragma GCC unroll 2
+        for (int t = 0; t < tokens; t++)
+#pragma GCC unroll 2
+            for (int p = 0; p < 2; p++) {
+                __m256i by = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(tiles + multipliers + 16 * p)));
+                __m256i sum = _mm256_sub_epi32(_mm256_madd_epi16(part[t][p], ones), _mm256_madd_epi16(part[t][2], ones));
+                total[t][p] = _mm256_add_epi32(total[t][p], _mm256_mullo_epi32(by, sum));
+            }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < 2; p++) STORE(sums + t * WF_ROWS + 16 * p, total[t][p]);
+}
+
+TARGET static void nibbles(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums) {
+#define NIBBLE_QUARTERS(count)                                                                                          \
+    for (size_t q = 0, row; q < 4; q++)                                                                                 \
+        row = q / 2 * 32 + q % 2 * 8,                                                                                   \
+        nibbles_quarter(tiles + 32 * q, groups, codes, stride, count, 1024 + row - 32 * q, sums + row)
+    IN_TWOS_AND_ONES(NIBBLE_QUARTERS)
+}
+
+KERNELS(wf_avx2, "avx2", ternary, bytes, nibbles);
 
 #define VNNI_TARGET __attribute__((target("avx2,fma,f16c,avxvnni")))
 #define VNNI_INLINE VNNI_TARGET static inline __attribute__((always_inline))
@@ -159,7 +201,7 @@ VNNI_TARGET static void vnni_bytes(const uint8_t *tiles, size_t groups, const in
     IN_TWOS_AND_ONES(VNNI_QUARTERS)
 }
 
-KERNELS(wf_avxvnni, "avx-vnni", vnni_ternary, vnni_bytes);
+KERNELS(wf_avxvnni, "avx-vnni", vnni_ternary, vnni_bytes, nibbles);
 #else
 typedef int wf_not_x86;
 #endif

@@ -12,6 +12,7 @@
 #define vec_fma(a, b, c) ((VEC)_mm512_fmadd_ps((__m512)(a), (__m512)(b), (__m512)(c)))
 #define load_halves(pointer) ((VEC)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(pointer))))
 #define half_of(value) _cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)
+#define load_codes(pointer) ((VEC)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(pointer)))))
 #include "floats.h"
 
 INLINE __m512i broadcast(const int8_t *codes) {
@@ -87,7 +88,53 @@ INLINE __m512i broadcast(const int8_t *codes) {
 PRODUCTS(ternary, TERNARY_PLANES, 2)
 PRODUCTS(bytes, BYTE_PLANES, 0)
 
-KERNELS(wf_avx512, "avx512-vnni", ternary, bytes);
+/* 4 bits: a group's sums, less eight times those of the codes, times the rows' multipliers. Two tokens share each load. */
+#define NIBBLE_TOTALS(t) __m512i total##t##0 = zero, total##t##1 = zero, total##t##2 = zero, total##t##3 = zero
+#define NIBBLE_DOT(t)                                                                                                   \
+    do {                                                                                                                \
+        DOT(t);                                                                                                         \
+        n##t = _mm512_dpbusd_epi32(n##t, eights, broadcast(codes + (t) * stride + 4 * g));                              \
+    } while (0)
+#define SCALED(t, p, shift)                                                                                             \
+    total##t##p = _mm512_add_epi32(total##t##p, _mm512_mullo_epi32(m##p, _mm512_sub_epi32(_mm512_srai_epi32(s##t##p, shift), n##t)))
+#define NIBBLE_ADD(t) SCALED(t, 0, 0), SCALED(t, 1, 4), SCALED(t, 2, 0), SCALED(t, 3, 4)
+#define NIBBLE_KEEP(t)                                                                                                  \
+    _mm512_storeu_si512(sums + (t) * WF_ROWS, total##t##0), _mm512_storeu_si512(sums + (t) * WF_ROWS + 16, total##t##1),        \
+    _mm512_storeu_si512(sums + (t) * WF_ROWS + 32, total##t##2), _mm512_storeu_si512(sums + (t) * WF_ROWS + 48, total##t##3)
+#define MULTIPLIERS(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(from + 1024 + 16 * (p))))
+#define NIBBLES(sums_of, dots, adds)                                                                                    \
+    for (size_t first = 0; first < groups; first += WF_NIBBLE_GROUP) {                                                  \
+        const uint8_t *from = tiles + first / WF_NIBBLE_GROUP * WF_NIBBLE_BYTES;                                        \
+        sums_of;                                                                                                        \
+        for (size_t g = first; g < first + WF_NIBBLE_GROUP; g++) {                                                      \
+            const uint8_t *tile = from + 128 * (g - first);                                                             \
+            __builtin_prefetch(tile + WF_AHEAD), __builtin_prefetch(tile + WF_AHEAD + 64);                              \
+            __m512i a = _mm512_loadu_si512(tile), b = _mm512_loadu_si512(tile + 64);                                    \
+            __m512i w0 = _mm512_and_si512(a, low), w1 = _mm512_and_si512(a, high);                                      \
+            __m512i w2 = _mm512_and_si512(b, low), w3 = _mm512_and_si512(b, high);                                      \
+            dots;                                                                                                       \
+        }                                                                                                               \
+        __m512i m0 = MULTIPLIERS(0), m1 = MULTIPLIERS(1), m2 = MULTIPLIERS(2), m3 = MULTIPLIERS(3);                     \
+        adds;                                                                                                           \
+    }
+
+TARGET static void nibbles(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums) {
+    const __m512i zero = _mm512_setzero_si512(), low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)240);
+    const __m512i eights = _mm512_set1_epi8(8);
+    for (; tokens >= 2; tokens -= 2, codes += 2 * stride, sums += 2 * WF_ROWS) {
+        NIBBLE_TOTALS(0);
+        NIBBLE_TOTALS(1);
+        NIBBLES(SUMS(0); SUMS(1); __m512i n0 = zero; __m512i n1 = zero, NIBBLE_DOT(0); NIBBLE_DOT(1), NIBBLE_ADD(0); NIBBLE_ADD(1))
+        NIBBLE_KEEP(0), NIBBLE_KEEP(1);
+    }
+    if (tokens) {
+        NIBBLE_TOTALS(0);
+        NIBBLES(SUMS(0); __m512i n0 = zero, NIBBLE_DOT(0), NIBBLE_ADD(0))
+        NIBBLE_KEEP(0);
+    }
+}
+
+KERNELS(wf_avx512, "avx512-vnni", ternary, bytes, nibbles);
 
 /* AMX: one instruction multiplies 16 tokens x 64 columns by 64 columns x 16 rows of the weight. The order that it wants of
  * its second operand, 16 times 16 rows x 4 columns in 64 bytes, is what masking one plane of 16 of our tiles gives. A slab of
@@ -206,7 +253,7 @@ TARGET static void amx_bytes(const uint8_t *tiles, size_t groups, const int8_t *
     else amx_products(tiles, groups, codes, stride, tokens, sums, 1);
 }
 
-KERNELS(wf_amx, "amx-int8", amx_ternary, amx_bytes);
+KERNELS(wf_amx, "amx-int8", amx_ternary, amx_bytes, nibbles);
 #else
 typedef int wf_not_x86;
 #endif

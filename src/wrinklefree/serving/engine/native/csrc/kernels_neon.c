@@ -12,6 +12,7 @@
 #define vec_fma(a, b, c) ((VEC)vfmaq_f32((float32x4_t)(c), (float32x4_t)(a), (float32x4_t)(b)))
 #define load_halves(pointer) neon_load_halves(pointer)
 #define half_of(value) neon_half_of(value)
+#define load_codes(pointer) neon_load_codes(pointer)
 
 typedef float neon_four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -21,6 +22,13 @@ TARGET static inline __attribute__((always_inline)) neon_four neon_load_halves(c
 
 TARGET static inline __attribute__((always_inline)) uint16_t neon_half_of(float value) {
     return vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(value))), 0);
+}
+
+TARGET static inline __attribute__((always_inline)) neon_four neon_load_codes(const int8_t *codes) {
+    int32_t four;
+    memcpy(&four, codes, 4);
+    int16x8_t wide = vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)));
+    return (neon_four)vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide)));
 }
 
 #include "floats.h"
@@ -74,6 +82,41 @@ INLINE void bytes_quarter(const uint8_t *tiles, size_t groups, const int8_t *cod
         for (int p = 0; p < 4; p++) vst1q_s32(sums + t * WF_ROWS + 4 * p, vaddq_s32(s[t][p], vshlq_n_s32(sum[t], 7)));
 }
 
+/* 4 bits: nibble - 8 is a signed byte; a group's sums are multiplied by the rows' multipliers. */
+INLINE void nibbles_quarter(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, const int tokens,
+                            size_t multipliers, int32_t *sums) {
+    const int8x16_t eights = vdupq_n_s8(8);
+    int32x4_t total[4][4];
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < 4; p++) total[t][p] = vdupq_n_s32(0);
+    for (size_t first = 0; first < groups; first += WF_NIBBLE_GROUP, tiles += WF_NIBBLE_BYTES) {
+        int32x4_t s[4][4];
+        for (int t = 0; t < tokens; t++)
+            for (int p = 0; p < 4; p++) s[t][p] = vdupq_n_s32(0);
+        for (size_t g = 0; g < WF_NIBBLE_GROUP; g++) {
+            uint8x16_t a = vld1q_u8(tiles + 128 * g), b = vld1q_u8(tiles + 128 * g + 64), low = vdupq_n_u8(15);
+            int8x16_t w0 = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(a, low)), eights);
+            int8x16_t w1 = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(a, 4)), eights);
+            int8x16_t w2 = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(b, low)), eights);
+            int8x16_t w3 = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(b, 4)), eights);
+#pragma GCC unroll 4
+            for (int t = 0; t < tokens; t++) {
+                int8x16_t x = broadcast(codes + t * stride + 4 * (first + g));
+                s[t][0] = vdotq_s32(s[t][0], w0, x), s[t][1] = vdotq_s32(s[t][1], w1, x);
+                s[t][2] = vdotq_s32(s[t][2], w2, x), s[t][3] = vdotq_s32(s[t][3], w3, x);
+            }
+        }
+#pragma GCC unroll 4
+        for (int p = 0; p < 4; p++) {
+            int32_t by[4];
+            for (int i = 0; i < 4; i++) by[i] = tiles[multipliers + 16 * p + i];
+            for (int t = 0; t < tokens; t++) total[t][p] = vmlaq_s32(total[t][p], vld1q_s32(by), s[t][p]);
+        }
+    }
+    for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < 4; p++) vst1q_s32(sums + t * WF_ROWS + 16 * p, total[t][p]);
+}
+
 #define IN_FOURS_AND_ONES(call)                                                                                         \
     for (; tokens >= 4; tokens -= 4, codes += 4 * stride, sums += 4 * WF_ROWS) { call(4); }                             \
     for (; tokens; tokens--, codes += stride, sums += WF_ROWS) { call(1); }
@@ -90,7 +133,13 @@ TARGET static void bytes(const uint8_t *tiles, size_t groups, const int8_t *code
     IN_FOURS_AND_ONES(BYTE_QUARTERS)
 }
 
-KERNELS(wf_neon, "neon-dotprod", ternary, bytes);
+TARGET static void nibbles(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums) {
+#define NIBBLE_QUARTERS(count)                                                                                          \
+    for (size_t q = 0; q < 4; q++) nibbles_quarter(tiles + 16 * q, groups, codes, stride, count, 1024 - 12 * q, sums + 4 * q)
+    IN_FOURS_AND_ONES(NIBBLE_QUARTERS)
+}
+
+KERNELS(wf_neon, "neon-dotprod", ternary, bytes, nibbles);
 #else
 typedef int wf_not_arm;
 #endif

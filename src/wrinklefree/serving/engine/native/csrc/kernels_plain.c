@@ -21,6 +21,21 @@ static void bytes(const uint8_t *tiles, size_t groups, const int8_t *codes, size
     }
 }
 
+static void nibbles(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums) {
+    for (size_t t = 0; t < tokens; t++, codes += stride, sums += WF_ROWS) {
+        for (int row = 0; row < WF_ROWS; row++) sums[row] = 0;
+        for (size_t g = 0; g < groups; g++) {
+            const uint8_t *group = tiles + g / WF_NIBBLE_GROUP * WF_NIBBLE_BYTES, *tile = group + g % WF_NIBBLE_GROUP * 128;
+            const uint8_t *multipliers = group + WF_NIBBLE_GROUP * 128;
+            for (int row = 0; row < WF_ROWS; row++)
+                for (int j = 0; j < 4; j++) {
+                    int nibble = tile[row / 32 * 64 + row % 16 * 4 + j] >> row / 16 % 2 * 4 & 15;
+                    sums[row] += multipliers[row] * (nibble - 8) * codes[4 * g + j];
+                }
+        }
+    }
+}
+
 #define SET(name) plain_##name
 #define TARGET
 #define LANES 4
@@ -28,6 +43,7 @@ static void bytes(const uint8_t *tiles, size_t groups, const int8_t *codes, size
 #define vec_fma(a, b, c) ((a) * (b) + (c))
 #define load_halves(pointer) plain_load_halves(pointer)
 #define half_of(value) plain_half_of(value)
+#define load_codes(pointer) plain_load_codes(pointer)
 
 typedef float plain_four __attribute__((vector_size(16), aligned(4), may_alias));
 
@@ -64,6 +80,8 @@ static inline plain_four plain_load_halves(const uint16_t *halves) {
     return (plain_four){float_of(halves[0]), float_of(halves[1]), float_of(halves[2]), float_of(halves[3])};
 }
 
+static inline plain_four plain_load_codes(const int8_t *codes) { return (plain_four){codes[0], codes[1], codes[2], codes[3]}; }
+
 #include "floats.h"
 
-KERNELS(wf_plain, "plain", ternary, bytes);
+KERNELS(wf_plain, "plain", ternary, bytes, nibbles);

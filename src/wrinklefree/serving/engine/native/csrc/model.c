@@ -216,6 +216,8 @@ static void embed_token(void *argument, size_t token, size_t worker) {
     model->kernels->load_row[model->config.embedding_type](row, width, model->residual + token * model->hidden);
 }
 
+static int is_tiled(int32_t head_type) { return head_type == WF_INT8 || head_type == WF_INT4; }
+
 /* The final norm of a wanted row, into `gate`, which is free by then. */
 static void finish_token(void *argument, size_t index, size_t worker) {
     (void)worker;
@@ -224,7 +226,7 @@ static void finish_token(void *argument, size_t index, size_t worker) {
     const WfConfig *c = &model->config;
     float *y = model->gate + index * model->hidden;
     model->kernels->rms_norm(model->residual + (size_t)job->tokens[index] * model->hidden, c->final_norm, (size_t)c->hidden, c->eps, y);
-    if (c->head_type == WF_INT8) model->kernels->quantize(y, (size_t)c->hidden, 0, index, &model->head_codes);
+    if (is_tiled(c->head_type)) model->kernels->quantize(y, (size_t)c->hidden, 0, index, &model->head_codes);
 }
 
 static void head_item(void *argument, size_t block, size_t worker) {
@@ -233,7 +235,7 @@ static void head_item(void *argument, size_t block, size_t worker) {
     const WfConfig *c = &model->config;
     size_t row = block * WF_ROWS, width = (size_t)c->hidden, vocabulary = (size_t)c->vocabulary;
     size_t rows = vocabulary - row < WF_ROWS ? vocabulary - row : WF_ROWS;
-    if (c->head_type != WF_INT8) {
+    if (!is_tiled(c->head_type)) {
         size_t size = c->head_type == WF_F32 ? 4 : 2;
         for (size_t i = row; i < row + rows; i++)
             model->kernels->dot_row[c->head_type]((const char *)c->head + i * width * size, width, model->gate, model->hidden,
@@ -242,12 +244,15 @@ static void head_item(void *argument, size_t block, size_t worker) {
     }
     const WfCodes *codes = &model->head_codes;
     int32_t *sums = model->sums + worker * WF_SUMS;
-    size_t groups = wf_padded(width, 4) / 4, planes = codes->planes;
-    WfFinish finish = {.row_scales = c->head_scales + row, .offset = 128, .rows = rows, .y = job->logits + row, .stride = vocabulary};
+    const int narrow = c->head_type == WF_INT4;
+    size_t groups = wf_padded(width, narrow ? 4 * WF_NIBBLE_GROUP : 4) / 4, planes = codes->planes;
+    size_t size = narrow ? groups / WF_NIBBLE_GROUP * WF_NIBBLE_BYTES : groups * 256;
+    WfFinish finish = {.row_scales = c->head_scales + row, .offset = narrow ? 0 : 128, .rows = rows, .y = job->logits + row, .stride = vocabulary};
     for (size_t t = 0; t < job->count; t += WF_CALL_ROWS / 2) {
         size_t count = job->count - t < WF_CALL_ROWS / 2 ? job->count - t : WF_CALL_ROWS / 2;
-        model->kernels->bytes((const uint8_t *)c->head + block * groups * 256, groups, codes->codes + t * planes * codes->stride,
-                              codes->stride, count * planes, sums);
+        (narrow ? model->kernels->nibbles : model->kernels->bytes)((const uint8_t *)c->head + block * size, groups,
+                                                                   codes->codes + t * planes * codes->stride, codes->stride,
+                                                                   count * planes, sums);
         model->kernels->finish(sums, t, count, codes, &finish);
     }
 }
@@ -340,9 +345,10 @@ static int is_consistent(const WfConfig *c, const WfLayer *layers) {
     size_t query = (size_t)c->heads * (size_t)c->head_dim, key = (size_t)c->key_heads * (size_t)c->head_dim;
     if (c->heads % c->key_heads || c->head_dim % 2 || query > WF_MAX_COLUMNS || c->hidden > WF_MAX_COLUMNS || c->inner > WF_MAX_COLUMNS)
         return 0;
-    if (c->code_max < 0 || c->code_max > 127 || c->cache_type < WF_F32 || c->cache_type > WF_F16) return 0;
+    if (c->code_max < 0 || c->code_max > 127 || (c->cache_type != WF_F32 && c->cache_type != WF_F16 && c->cache_type != WF_INT8)) return 0;
     if (c->embedding_type < WF_F32 || c->embedding_type > WF_BF16 || !c->embedding || !c->head || !c->final_norm) return 0;
-    if (c->head_type != WF_F32 && c->head_type != WF_F16 && !(c->head_type == WF_INT8 && c->head_scales)) return 0;
+    if (c->head_type != WF_F32 && c->head_type != WF_F16 && !(is_tiled(c->head_type) && c->head_scales)) return 0;
+    if (c->head_type == WF_INT4 && c->hidden > WF_MAX_NIBBLE_COLUMNS) return 0;
     for (int32_t i = 0; i < c->layers; i++) {
         const WfLayer *l = &layers[i];
         size_t hidden = (size_t)c->hidden, inner = (size_t)c->inner;
@@ -361,13 +367,14 @@ WfModel *wf_create(const WfConfig *config, const WfLayer *layers) {
     if (!model) return NULL;
     int failed = 0;
     const size_t tokens = (size_t)config->max_tokens, slots = (size_t)config->slots, layer_count = (size_t)config->layers;
-    const size_t heads = (size_t)config->key_heads, d = (size_t)config->head_dim, element = config->cache_type == WF_F32 ? 4 : 2;
+    const size_t heads = (size_t)config->key_heads, d = (size_t)config->head_dim;
     const size_t context = wf_padded((size_t)config->context, WF_KEY_BLOCK), planes = config->code_max ? 1 : 2;
     model->config = *config;
     model->kernels = kernels;
     model->hidden = wf_padded((size_t)config->hidden, WF_ROWS), model->inner = wf_padded((size_t)config->inner, WF_ROWS);
     model->query = wf_padded((size_t)config->heads * d, WF_ROWS), model->key = wf_padded(heads * d, WF_ROWS);
-    model->cache_key_bytes = context * d * element, model->cache_value_bytes = context * wf_padded(d, WF_VALUE_PAD) * element;
+    model->cache_key_bytes = context / WF_KEY_BLOCK * wf_cache_block(config->cache_type, d);
+    model->cache_value_bytes = context / WF_KEY_BLOCK * wf_cache_block(config->cache_type, wf_padded(d, WF_VALUE_PAD));
     model->cache_layer_bytes = heads * (model->cache_key_bytes + model->cache_value_bytes);
     size_t widest = model->hidden > model->inner ? model->hidden : model->inner;
     widest = model->query > widest ? model->query : widest;

@@ -7,11 +7,13 @@
 #include "pool.h"
 #include "product.h"
 
-int32_t wf_products(const char *isa, int32_t bytes, const uint8_t *tiles, int32_t groups, const int8_t *codes, int32_t stride,
+int32_t wf_products(const char *isa, int32_t kind, const uint8_t *tiles, int32_t groups, const int8_t *codes, int32_t stride,
                     int32_t tokens, int32_t *sums) {
     const WfKernels *kernels = wf_kernels(isa);
-    if (!kernels || groups < 1 || stride < (int32_t)wf_padded((size_t)groups * 4, WF_ROWS) || tokens < 1) return 1;
-    (bytes ? kernels->bytes : kernels->ternary)(tiles, (size_t)groups, codes, (size_t)stride, (size_t)tokens, sums);
+    if (!kernels || groups < 1 || stride < (int32_t)wf_padded((size_t)groups * 4, WF_ROWS) || tokens < 1 ||
+        kind < 0 || kind > 2 || (kind == 2 && groups % WF_NIBBLE_GROUP))
+        return 1;
+    (kind == 2 ? kernels->nibbles : kind == 1 ? kernels->bytes : kernels->ternary)(tiles, (size_t)groups, codes, (size_t)stride, (size_t)tokens, sums);
     return 0;
 }
 
