@@ -1,4 +1,4 @@
-"""A scripted engine, and a server around it."""
+"""A scripted engine and a server around it; the shipped tiny model, and the same rounded to ternary weights."""
 
 import threading
 import time
@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 
 import wrinklefree
+from wrinklefree.cli import convert_main
+from wrinklefree.models.artifact import Artifact, read_artifact, write_artifact
+from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.convert import to_bitnet
 from wrinklefree.serving.engine.protocol import EngineInfo, Sampling, Token
 from wrinklefree.serving.server import Server, ServerSettings
 from wrinklefree.utils.errors import EngineError
@@ -92,3 +96,30 @@ def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 @pytest.fixture(scope="session")
 def tokenizer() -> TextTokenizer:
     return TextTokenizer.from_folder(TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Artifact:
+    return read_artifact(TINY)
+
+
+@pytest.fixture(scope="session")
+def ternary_folder(tiny: Artifact, tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model rounded to ternary weights, as an artifact."""
+    folder = tmp_path_factory.mktemp("ternary") / "artifact"
+    rounded = to_bitnet(
+        tiny.load_model(), placement="output", gain="ones", activation_bits=8, strength=1.0, calibration=[]
+    )
+    set_quantization(rounded, 1.0)
+    assert rounded.bitnet is not None
+    rounded.bitnet = rounded.bitnet.model_copy(update={"quantization_lambda": 1.0})
+    write_artifact(folder, rounded, tokenizer, {})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ternary_gguf(ternary_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its TQ2_0 file."""
+    file = tmp_path_factory.mktemp("ternary_gguf") / "rounded.gguf"
+    assert convert_main(["--input", str(ternary_folder), "--output", str(file), "--no-verify"]) == 0
+    return file

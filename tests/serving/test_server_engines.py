@@ -12,12 +12,13 @@ from wrinklefree.cli import convert_main
 from wrinklefree.serving.engine import llama_cpp
 from wrinklefree.serving.engine.bitnet_cpp import BINARY_VARIABLE, BitNetCppEngine
 from wrinklefree.serving.engine.choose import open_engine
+from wrinklefree.serving.engine.native import library
 from wrinklefree.serving.engine.protocol import Engine, Sampling
 from wrinklefree.utils.tokenizer import TextTokenizer
 
 STAND_IN = Path(__file__).parent / "engine" / "stand_in_server.py"
 PROMPT = "The capital of"
-ENGINES = ["torch, folder", "torch, GGUF", "llama.cpp, GGUF"]
+ENGINES = ["torch, folder", "torch, GGUF", "llama.cpp, GGUF", "native, ternary folder", "native, ternary GGUF"]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +29,20 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=ENGINES)
-def client(request: pytest.FixtureRequest, file: Path) -> Iterator[openai.OpenAI]:
-    name, kind = request.param.split(", ")
+def kind(request: pytest.FixtureRequest) -> str:
+    """Engine, and what it is given."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def client(kind: str, file: Path, ternary_folder: Path, ternary_gguf: Path) -> Iterator[openai.OpenAI]:
+    name, given = kind.split(", ")
     if name == "llama.cpp" and not llama_cpp.is_installed():
         pytest.skip("needs the package xllamacpp, which has no wheel for this platform")
-    engine = open_engine(TINY if kind == "folder" else file, engine=name, context_length=128, slots=2, threads=1)
+    if name == "native" and not library.is_available():
+        pytest.skip("needs the CPU engine, which was not built")
+    models = {"folder": TINY, "GGUF": file, "ternary folder": ternary_folder, "ternary GGUF": ternary_gguf}
+    engine = open_engine(models[given], engine=name, context_length=128, slots=2, threads=1)
     assert engine.info.engine == name
     with (
         running(engine) as server,
@@ -42,9 +52,10 @@ def client(request: pytest.FixtureRequest, file: Path) -> Iterator[openai.OpenAI
 
 
 @pytest.fixture(scope="module")
-def expected() -> str:
+def expected(kind: str, ternary_folder: Path) -> str:
     """What PyTorch says, without a server."""
-    engine = open_engine(TINY, engine="torch", context_length=128, slots=1, threads=1)
+    model = ternary_folder if "ternary" in kind else TINY
+    engine = open_engine(model, engine="torch", context_length=128, slots=1, threads=1)
     try:
         return greedy(engine)
     finally:
@@ -52,7 +63,6 @@ def expected() -> str:
 
 
 def greedy(engine: Engine) -> str:
-
     tokens = engine.stream(engine.tokenizer.encode(PROMPT), Sampling(10, temperature=0))
     return engine.tokenizer.decode([token.id for token in tokens])
 

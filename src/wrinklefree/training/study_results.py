@@ -136,9 +136,11 @@ def write_table(folder: Path, results: Iterable[ArmResult]) -> None:
     atomic_write(folder / "results.jsonl", "".join(lines))
 
 
-def write_trials(folder: Path, trials: Iterable[RateTrial]) -> None:
-    """Write rates.csv."""
-    _write_csv(folder / "rates.csv", RATE_COLUMNS, [trial.model_dump() for trial in trials])
+def write_trials(folder: Path, trials: Sequence[RateTrial]) -> None:
+    """Write rates.csv; trials of other steps, from runs of other arms, are kept."""
+    new = {(trial.step, trial.seed) for trial in trials}
+    kept = [trial for trial in read_trials(folder) if (trial.step, trial.seed) not in new]
+    _write_csv(folder / "rates.csv", RATE_COLUMNS, [trial.model_dump() for trial in (*kept, *trials)])
 
 
 def read_trials(folder: Path) -> list[RateTrial]:

@@ -2,17 +2,13 @@
 
 import json
 from collections.abc import Callable
-from importlib.resources import files
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 
-from wrinklefree.cli import convert_main
-from wrinklefree.models.artifact import Artifact, read_artifact, write_artifact
-from wrinklefree.models.bitlinear import set_quantization
-from wrinklefree.models.convert import to_bitnet
+from wrinklefree.models.artifact import Artifact
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.utils.tokenizer import TextTokenizer
 
@@ -30,16 +26,6 @@ NAMES = {
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Artifact:
-    return read_artifact(Path(str(files("wrinklefree") / "assets" / "tiny")))
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tiny: Artifact) -> TextTokenizer:
-    return tiny.load_tokenizer()
-
-
-@pytest.fixture(scope="session")
 def model(tiny: Artifact) -> CausalLM:
     return tiny.load_model()
 
@@ -47,28 +33,6 @@ def model(tiny: Artifact) -> CausalLM:
 @pytest.fixture(scope="session")
 def prompt(tokenizer: TextTokenizer) -> list[int]:
     return tokenizer.encode("The sea was calm and the")
-
-
-@pytest.fixture(scope="session")
-def ternary_folder(tiny: Artifact, tokenizer: TextTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model rounded to ternary weights, as an artifact."""
-    folder = tmp_path_factory.mktemp("ternary") / "artifact"
-    rounded = to_bitnet(
-        tiny.load_model(), placement="output", gain="ones", activation_bits=8, strength=1.0, calibration=[]
-    )
-    set_quantization(rounded, 1.0)
-    assert rounded.bitnet is not None
-    rounded.bitnet = rounded.bitnet.model_copy(update={"quantization_lambda": 1.0})
-    write_artifact(folder, rounded, tokenizer, {})
-    return folder
-
-
-@pytest.fixture(scope="session")
-def ternary_gguf(ternary_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its TQ2_0 file."""
-    file = tmp_path_factory.mktemp("ternary_gguf") / "rounded.gguf"
-    assert convert_main(["--input", str(ternary_folder), "--output", str(file), "--no-verify"]) == 0
-    return file
 
 
 @pytest.fixture(scope="session")
