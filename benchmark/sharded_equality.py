@@ -19,8 +19,9 @@ Second table, largest relative difference of any weight at the end of a run, in 
 - begun on two, ended on one and on four.
 - eight micro-batches of one row against one of eight.
 
-8-bit AdamW has no float64 form: of it the first table shows the float32 columns, and the second compares losses of the
-interrupted runs with the same bundle. It is on a bed whose shards hold whole blocks of its state.
+8-bit AdamW has no float64 form: of it the first table shows the float32 columns, and the second only the run that ends
+on as many processes as began it, since another number refuses its state. It is on a bed whose shards hold whole blocks
+of that state.
 
 The processes are on this machine, over gloo. The beds and the process pool below also serve the tests.
 """
@@ -496,15 +497,16 @@ def _interrupted_row(ranks: Ranks, bed: Bed, steps: int) -> Iterator[tuple[str, 
     long = replace(bed, steps=steps)
     exact = replace(long, double=bed.optimizer != "adamw_8bit")
     on_two, exact_on_two = ranks.run(2, train_all, [long, exact])[0]
-    resumed = {
-        then: relative_difference(interrupted(ranks, run, 2, then).weights, whole.weights)
-        for then, run, whole in ((2, long, on_two), (1, exact, exact_on_two), (4, exact, exact_on_two))
-    }
+    same = relative_difference(interrupted(ranks, long, 2, 2).weights, on_two.weights)
+    if not exact.double:
+        # Its state comes back for as many processes as wrote it, and rounding to 8 bits is no algorithm to compare.
+        yield f"{bed.stage:12} {bed.optimizer:11} {same:10.1e} {'refused':>10} {'refused':>10} {'-':>10}", same != 0
+        return
+    others = [relative_difference(interrupted(ranks, exact, 2, then).weights, exact_on_two.weights) for then in (1, 4)]
     one_batch, eight_batches = ranks.run(1, train_all, [exact, replace(exact, accumulation=ROWS)])[0]
-    accumulated = relative_difference(eight_batches.weights, one_batch.weights)
-    missed = resumed[2] != 0 or (exact.double and max(resumed[1], resumed[4], accumulated) > 1e-9)
-    cells = " ".join(f"{value:10.1e}" for value in (*resumed.values(), accumulated))
-    yield f"{bed.stage:12} {bed.optimizer:11} {cells}", missed
+    others.append(relative_difference(eight_batches.weights, one_batch.weights))
+    cells = " ".join(f"{value:10.1e}" for value in (same, *others))
+    yield f"{bed.stage:12} {bed.optimizer:11} {cells}", same != 0 or max(others) > 1e-9
 
 
 def interrupted(ranks: Ranks, bed: Bed, first: int, then: int) -> Outcome:

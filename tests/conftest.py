@@ -8,9 +8,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+# How fast examples are drawn says something of the machine's load only.
+settings.register_profile("any speed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any speed")
 
 GPUS_NEEDED = {"gpu": 1, "multi_gpu": 2}
 

@@ -1,5 +1,6 @@
 """A few hundred changed model files, and proof that the outcomes which count as failures are recognised."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from benchmark.mutated_headers import gguf_fields, gguf_file, outcome, run
 from wrinklefree.utils.errors import CheckpointError
 
 
-def test_changed_files_are_refused_or_read(tmp_path: Path) -> None:
+def test_changed_files_are_refused_or_read(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
     counts = run(300, 0, tmp_path)
     assert counts.total() == 300
     assert {key: count for key, count in counts.items() if key[2] not in {"refused", "read"}} == {}
@@ -19,6 +20,7 @@ def test_changed_files_are_refused_or_read(tmp_path: Path) -> None:
         ("gguf", "read"),
         ("safetensors", "refused"),
     }
+    record_property("changed_files", counts.total())
 
 
 def test_the_same_seed_makes_the_same_files(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def test_offload_loads_once_a_step_and_restores_the_same_memory(make) -> None:
     wanted = expected(batch, Wants()).hidden
 
     teacher = Teacher(model, offload=True)
-    teacher._host = [(tensor, host.as_subclass(Counting)) for tensor, host in teacher._host]
+    teacher._rest = [(tensor, host.as_subclass(Counting)) for tensor, host in teacher._rest]
     Counting.moves = 0
     for _ in range(2):
         torch.testing.assert_close(teacher(batch, Wants()).hidden.as_subclass(Tensor), wanted, rtol=0, atol=0)
@@ -89,3 +89,36 @@ def test_offload_loads_once_a_step_and_restores_the_same_memory(make) -> None:
     assert [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())] == kept
     teacher(batch, Wants())
     assert Counting.moves == 2 * len(kept)
+
+
+class Deep(Bigram):
+    """With a block, whose weights losses do not read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, batch: Batch, wants: Wants) -> ModelOutput:
+        output = super().forward(batch, wants)
+        return ModelOutput(self.blocks[0](output.hidden), output.head_weight, self.norm, output.hidden_states)
+
+
+def test_blocks_are_sent_for_each_forward_pass_and_the_rest_once_a_step(make) -> None:
+    model, batch = Deep(), make.batch([[12]], 12)
+    wanted = Teacher(Deep().eval())
+    wanted.model.load_state_dict(model.state_dict())
+    expected = wanted(batch, Wants()).hidden
+    homes = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    teacher = Teacher(model, offload=True)
+    for pairs in (teacher._blocks, teacher._rest):
+        pairs[:] = [(tensor, host.as_subclass(Counting)) for tensor, host in pairs]
+    Counting.moves = 0
+    for _ in range(3):
+        torch.testing.assert_close(teacher(batch, Wants()).hidden.as_subclass(Tensor), expected, rtol=0, atol=0)
+        assert {name for name, tensor in model.state_dict().items() if tensor.data_ptr() == homes[name]} == {
+            "blocks.0.weight",
+            "blocks.0.bias",
+        }
+    assert Counting.moves == 3 * 2 + len(homes) - 2
+    teacher.release()
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == homes

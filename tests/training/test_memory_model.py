@@ -202,11 +202,21 @@ def test_an_offloaded_optimizer_holds_nothing_on_the_device() -> None:
         assert moment.parts["masters"] == moment.parts["optimizer"] == 0
 
 
-def test_an_offloaded_teacher_is_only_away_while_the_optimizer_works() -> None:
-    moments = {m.moment: m for m in memory_moments(replace(WORK, teacher="offloaded", logits_kl=True))}
-    resident = {m.moment: m for m in memory_moments(replace(WORK, teacher="resident", logits_kl=True))}
-    assert moments["optimizer"].parts["teacher"] == 0
-    assert moments["loss over the head"] == resident["loss over the head"]
+def test_an_offloaded_teacher_is_whole_in_its_forward_pass_then_its_head_alone() -> None:
+    moments = memory_moments(replace(WORK, teacher="offloaded", logits_kl=True))
+    resident = memory_moments(replace(WORK, teacher="resident", logits_kl=True))
+    hidden = 4 * count_parameters(WORK.architecture, None).hidden
+    assert moments[0] == resident[0]
+    for moment, same in zip(moments[1:-1], resident[1:-1], strict=True):
+        assert moment.parts == same.parts | {"teacher": same.parts["teacher"] - hidden}
+        assert moment.parts["teacher"] >= 4 * count_parameters(WORK.architecture, None).table
+    assert moments[-1].moment == "optimizer"
+    assert moments[-1].parts["teacher"] == 0
+
+
+def test_a_cut_teacher_stays_until_the_step_is_done() -> None:
+    cut = replace(WORK, shards=8, teacher="offloaded", logits_kl=True)
+    assert len({moment.parts["teacher"] for moment in memory_moments(cut)[4:-1]}) == 1
 
 
 def test_lambda_below_one_is_named_when_it_decides() -> None:

@@ -1,6 +1,7 @@
 import json
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ PLANTED = {
 }
 
 
-def test_no_planted_secret_reaches_a_record_or_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_no_planted_secret_reaches_a_record_or_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, record_property: Callable[[str, object], None]
+) -> None:
     audit = AuditLogger(tmp_path)
     texts = {name: text for name, (text, _) in PLANTED.items()}
     with caplog.at_level(logging.DEBUG):
@@ -43,6 +46,7 @@ def test_no_planted_secret_reaches_a_record_or_the_log(tmp_path: Path, caplog: p
     assert found == []
     assert "plain-secret" not in written
     assert written.count("[removed]") >= 3 * len(PLANTED)
+    record_property("planted_secrets", len(PLANTED))
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ class TeacherConfig(Config):
     source: str = "auto"
     """auto: this model's and task's fp_sft artifact, else the base model with a warning; `base`; or a path."""
     offload: bool = False
-    """Keep the teacher on the CPU between steps."""
+    """Keep the teacher on the CPU; its blocks come to the device for each forward pass, its head for the whole step."""
     cache: str | None = None
     """Folder that `scripts/cache_teacher.py` wrote: its logits take the place of the teacher's forward pass."""
 

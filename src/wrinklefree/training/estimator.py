@@ -289,7 +289,8 @@ def step_traffic(workload: Workload) -> Traffic:
         gathered += workload.compute_bytes * parameters.hidden + 4 * parameters.table
     host = 0.0
     if workload.teacher == "offloaded":
-        host += 4 * parameters.total / workload.shards
+        # Its blocks come once a micro-batch, the rest once a step.
+        host += 4 * (parameters.total + (workload.accumulation - 1) * parameters.hidden) / workload.shards
     if workload.optimizer_offload:
         # Gradients leave once; masters come back for each gather, two to a micro-batch.
         host += 4 * parameters.total / workload.shards * (1 + 2 * workload.accumulation)

@@ -486,7 +486,11 @@ def memory_moments(workload: Workload) -> list[Memory]:
         moment("optimizer", gradients=held, optimizer=_optimizer_workspace(workload)),
     ]  # fmt: skip
     if workload.teacher == "offloaded":
-        moments[-1].parts["teacher"] = 0  # back on the host since the backward pass
+        # One process sends the blocks home after the forward pass, the rest before the optimizer.
+        if workload.shards == 1:
+            for late in moments[1:]:
+                late.parts["teacher"] -= 4 * count_parameters(a, None).hidden
+        moments[-1].parts["teacher"] = 0
     return moments
 
 
