@@ -36,7 +36,9 @@ class Teacher:
         if offload:
             model.to("cpu")
             blocks = getattr(model, "blocks", None)
-            of_blocks = {id(tensor) for tensor in _tensors(blocks)} if isinstance(blocks, nn.Module) else set()
+            of_blocks: set[int] = (
+                {id(tensor) for tensor in _tensors(blocks)} if isinstance(blocks, nn.Module) else set()
+            )
             pin = torch.cuda.is_available()
             for tensor in _tensors(model):
                 host = tensor.data.pin_memory() if pin else tensor.data
