@@ -203,8 +203,9 @@ def test_an_offloaded_optimizer_holds_nothing_on_the_device() -> None:
 
 
 def test_an_offloaded_teacher_is_whole_in_its_forward_pass_then_its_head_alone() -> None:
-    moments = memory_moments(replace(WORK, teacher="offloaded", logits_kl=True))
-    resident = memory_moments(replace(WORK, teacher="resident", logits_kl=True))
+    on_gpu = replace(WORK, device_type="cuda", logits_kl=True)
+    moments = memory_moments(replace(on_gpu, teacher="offloaded"))
+    resident = memory_moments(replace(on_gpu, teacher="resident"))
     hidden = 4 * count_parameters(WORK.architecture, None).hidden
     assert moments[0] == resident[0]
     for moment, same in zip(moments[1:-1], resident[1:-1], strict=True):
@@ -212,6 +213,11 @@ def test_an_offloaded_teacher_is_whole_in_its_forward_pass_then_its_head_alone()
         assert moment.parts["teacher"] >= 4 * count_parameters(WORK.architecture, None).table
     assert moments[-1].moment == "optimizer"
     assert moments[-1].parts["teacher"] == 0
+
+
+def test_offloading_frees_nothing_on_a_cpu() -> None:
+    moments = memory_moments(replace(WORK, teacher="offloaded", logits_kl=True))
+    assert moments[:-1] == memory_moments(replace(WORK, teacher="resident", logits_kl=True))[:-1]
 
 
 def test_a_cut_teacher_stays_until_the_step_is_done() -> None:

@@ -45,6 +45,10 @@ _FLOAT32_KEYS = 256
 """`runs.MAX_KEYS_FOR_FLOAT32`: rows up to this length attend in float32 on a CPU."""
 _BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
 """`head_losses.CHUNK_BYTES` and `attention_loss.BLOCK_BYTES`."""
+_FEWEST_ROWS = 256
+"""`head_losses.FEWEST_ROWS_A_CHUNK`."""
+_VOCABULARY_BLOCKS = 10 * 2**20
+"""Scratch of `vocabulary_blocks`: float32 blocks of 512 rows and words, and their products."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +339,17 @@ def head_workspace(workload: Workload) -> int:
     positions = workload.tokens if workload.logit_lens else workload.targets
     soft = workload.logits_kl or workload.logit_lens
     budget = _BLOCK_BYTES[workload.device_type]
-    rows = min(positions, max(16, budget // (4 * vocabulary)))
+    fitting = max(16, budget // (4 * vocabulary))
+    with_teacher = soft and workload.teacher != "cached"
+    if (
+        workload.device_type == "cpu"
+        and fitting < _FEWEST_ROWS
+        and workload.teacher != "cached"
+        and not workload.logit_lens
+    ):
+        # Blocks of the vocabulary as well: states in the compute dtype, a handful of float32 blocks.
+        return (4 + c) * positions * hidden * (2 if with_teacher else 1) + _VOCABULARY_BLOCKS
+    rows = min(positions, fitting)
     cast = 2 * vocabulary * hidden if c == 2 else 0
     several = positions > rows
     narrow = c if c == 2 else 0
@@ -346,7 +360,6 @@ def head_workspace(workload: Workload) -> int:
         chunk, folding = 12 if several else 8 + narrow, 4 + c
     table = vocabulary * hidden
     product = c * table + (4 * table if c == 2 and workload.device_type == "cpu" else 0)
-    with_teacher = soft and workload.teacher != "cached"
     selected = 4 * positions * hidden * (2 if with_teacher else 1)
     casts = cast * (2 if with_teacher else 1)
     return selected + casts + max(chunk * rows * vocabulary, folding * rows * vocabulary + product)
@@ -485,7 +498,7 @@ def memory_moments(workload: Workload) -> list[Memory]:
         moment("gradient of the embedding", gradients=embedding, activations=2 * hidden),
         moment("optimizer", gradients=held, optimizer=_optimizer_workspace(workload)),
     ]  # fmt: skip
-    if workload.teacher == "offloaded":
+    if workload.teacher == "offloaded" and workload.device_type != "cpu":
         # One process sends the blocks home after the forward pass, the rest before the optimizer.
         if workload.shards == 1:
             for late in moments[1:]:
