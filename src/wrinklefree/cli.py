@@ -184,8 +184,24 @@ def benchmark_main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", metavar="FILE", help="experiment.json to go on from")
     parser.add_argument("--analyze-only", metavar="FILE", help="experiment.json to report on, without new trials")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example benchmark.num_trials=10")
-    hint = "sweep by hand with scripts/train.py -m training.lr=1e-4,1e-3"
-    return _guarded(lambda: _not_available(parser, argv, "the Ax search", hint))
+
+    def benchmark() -> int:
+        options = parser.parse_intermixed_args(argv)
+        root = Path(__file__).resolve().parents[2]
+        if not (root / "benchmark" / "command.py").is_file():
+            raise NotAvailableError(
+                "the benchmark belongs to the repository, not to the package: run it from a checkout"
+            )
+        if str(root) not in sys.path:
+            sys.path.append(str(root))
+        set_up_logging()
+        from benchmark.command import run_benchmark
+
+        resume, analyze = (None if file is None else Path(file) for file in (options.resume, options.analyze_only))
+        _show(run_benchmark(options.overrides, resume=resume, analyze_only=analyze))
+        return 0
+
+    return _guarded(benchmark)
 
 
 def evaluate_main(argv: Sequence[str] | None = None) -> int:
@@ -362,7 +378,8 @@ def set_up_logging() -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     # Of several processes one speaks; the others are heard when something goes wrong.
-    logging.getLogger("wrinklefree").setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
+    for name in ("wrinklefree", "benchmark"):
+        logging.getLogger(name).setLevel(logging.INFO if _rank() == 0 else logging.ERROR)
 
 
 def _train(arguments: list[str]) -> int:

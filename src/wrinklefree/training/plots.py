@@ -76,7 +76,7 @@ def draw_curves(path: Path, panels: Sequence[Panel], *, title: str, x_label: str
         if len(panel.curves) > 1:
             axes.legend(fontsize="small")
     column[-1].set_xlabel(x_label)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_bars(path: Path, bars: Sequence[Bar], *, y_label: str, title: str) -> None:
@@ -98,7 +98,7 @@ def draw_bars(path: Path, bars: Sequence[Bar], *, y_label: str, title: str) -> N
             below, above = max(bar.value - bar.low, 0.0), max(bar.high - bar.value, 0.0)
             axes.errorbar(position, bar.value, yerr=[[below], [above]], color="black", capsize=4)
     axes.set_xticks(positions, [bar.name for bar in bars])
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_points(path: Path, series: Sequence[Points], *, x_label: str, y_label: str, title: str) -> None:
@@ -117,10 +117,11 @@ def draw_points(path: Path, series: Sequence[Points], *, x_label: str, y_label: 
         above = [max(high - y, 0.0) for y, high in zip(line.y, line.high, strict=True)]
         axes.errorbar(line.x, line.y, yerr=[below, above], label=line.name, marker="o", capsize=3, linewidth=1.2)
     axes.legend(fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save_figure(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, replacing an older file atomically."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DOTS_PER_INCH)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,8 @@ from wrinklefree.training.placement import (
 )
 from wrinklefree.training.plan import FROM_SCRATCH, StagePlan, plan_stage, steps_for
 from wrinklefree.training.rank_share import RankShare
+from wrinklefree.training.run_report import RunPage, write_run_page
+from wrinklefree.training.run_report_samples import Prompt, Samples, Validation, task_prompt, text_prompt
 from wrinklefree.training.stage1 import insert_subln
 from wrinklefree.training.trackers import make_tracking
 from wrinklefree.training.trainer import Interrupted, Trainer, TrainerSettings, WarmStart
@@ -239,15 +241,18 @@ def _run_opened(plan: StagePlan, opened: _Opened | None, started: float, callbac
             if plan.stage.objective is None:
                 tokens = distributed.decide_on_rank_zero(partial(_insert_subln, plan))
             else:
-                tokens = _train(plan, None if opened is None else opened.run.checkpoints, callbacks)
+                checkpoints = None if opened is None else opened.run.checkpoints
+                tokens = _train(plan, checkpoints, callbacks, lambda how: mark("running", resolved=dict(how)))
     except Interrupted as stopped:
         mark("interrupted", step=stopped.step, seconds=earlier + time.perf_counter() - started)
+        _write_page(plan, opened)
         raise
     except (KeyboardInterrupt, SystemExit):
         mark("interrupted", seconds=earlier + time.perf_counter() - started)
         raise
     except BaseException as error:
         mark("failed", error=f"{type(error).__name__}: {error}")
+        _write_page(plan, opened)
         raise
     seconds = earlier + time.perf_counter() - started
     if opened is not None:
@@ -263,9 +268,18 @@ def _complete(plan: StagePlan, opened: _Opened, tokens: int, seconds: float) -> 
     # Only now: a kill before the mark must still find them.
     opened.run.checkpoints.clear()
     point(plan.pointer, plan.artifact)
+    _write_page(plan, opened)
     logger.info("%s: wrote %s in %.1f s", plan.stage.title, plan.pointer, seconds)
     if opened.remote is not None:
         opened.remote.drain()
+
+
+def _write_page(plan: StagePlan, opened: _Opened | None) -> None:
+    """The run's report.html, once its record is marked; of a run that is told to stop at once there is none."""
+    if opened is not None:
+        page = write_run_page(plan.run_folder, lineage_record(plan, tokens=0, resolved={}))
+        if page is not None:
+            logger.info("%s: curves, samples and lineage in %s", plan.stage.title, page)
 
 
 def _seconds_so_far(opened: _Opened | None) -> float:
@@ -340,8 +354,13 @@ def _insert_subln(plan: StagePlan) -> int:
     return 0
 
 
-def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequence[Callback]) -> int:
-    """Every other stage: build the parts, fit, write the artifact; returns the tokens trained on."""
+def _train(
+    plan: StagePlan,
+    checkpoints: CheckpointStore | None,
+    callbacks: Sequence[Callback],
+    tell: Callable[[Mapping[str, str]], None],
+) -> int:
+    """Every other stage: build the parts, `tell` which they are, fit, write the artifact; returns the tokens trained on."""
     config, training = plan.config, plan.config.training
     assert isinstance(training, StageConfig)
     compute = choose_compute(training.dtype)
@@ -380,6 +399,7 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
         "device": compute.device.type,
         "compile": "blocks" if compiles else "no",
     }
+    tell(identity)
     optimizer = build_optimizer(model, resolved.type, config.optimizer, training.lr, seed=config.seed)
     mixture: list[Callback] = []
     if moves_mixture(config):
@@ -388,6 +408,7 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
             total_steps=total_steps,
         )  # fmt: skip
         mixture.append(MixtureMetrics(optimizer))
+    validation = make_validation(config, model, tokenizer, compute)
     trainer = Trainer(
         model=model,
         objective=plan.stage.objective(config, model.architecture, teacher_architecture),
@@ -410,10 +431,16 @@ def _train(plan: StagePlan, checkpoints: CheckpointStore | None, callbacks: Sequ
         warm_start=WarmStart(spec.quantization_lambda, spec.subln_strength) if spec else WarmStart(1.0, 1.0),
         teacher=teacher,
         store=checkpoints if distributed.world_size() == 1 else SharedCheckpointStore(checkpoints),
-        callbacks=[DataWait(stream), *mixture, *make_callbacks(plan, model), *callbacks]
+        callbacks=[
+            DataWait(stream),
+            *mixture,
+            *make_callbacks(plan, model),
+            *make_samples(config, model, tokenizer, compute, validation),
+            *callbacks,
+        ]
         if distributed.is_main()
         else [],
-        evaluate=make_validation(config, model, tokenizer, compute),
+        evaluate=validation,
         identity=identity,
         refresh_weights=student.refresh_weights,
     )
@@ -510,13 +537,14 @@ def load_teacher(
 
 
 def make_callbacks(plan: StagePlan, model: CausalLM) -> list[Callback]:
-    """Progress, metrics, plot, and for ternary models the telemetry of the quantizer."""
+    """Progress, metrics, plot, page, and for ternary models the telemetry of the quantizer."""
     interval = plan.config.training.logging.log_interval if isinstance(plan.config.training, StageConfig) else 1
     callbacks: list[Callback] = []
     if plan.stage.ternary:
         callbacks.append(QuantizationTelemetry(model, interval))
     tracking = make_tracking(plan.config.tracking, plan.tree, plan.config.model.name)
-    return [*callbacks, ProgressLine(interval), MetricsFile(), LossPlot(), *tracking]
+    page = RunPage(lineage_record(plan, tokens=0, resolved={}))
+    return [*callbacks, ProgressLine(interval), MetricsFile(), LossPlot(), page, *tracking]
 
 
 def make_validation(
@@ -527,6 +555,7 @@ def make_validation(
     assert isinstance(training, StageConfig)
     text = config.data.replay if isinstance(config.data, FinetuneData) else config.data
     scorers: list[Callable[[], Mapping[str, float]]] = []
+    prompts: list[Prompt] = []
     if text is not None and training.evaluation.max_tokens:
         held_out = held_out_rows(
             text, tokenizer,
@@ -540,6 +569,7 @@ def make_validation(
 
         if held_out.document_bytes:
             scorers.append(language)
+            prompts.append(text_prompt(held_out))
         else:
             logger.warning(
                 "no document of %s is held out (data.held_out_percent=%g of few documents): no validation on text",
@@ -557,9 +587,21 @@ def make_validation(
             return {f"{score.task} {score.metric}": score.value}
 
         scorers.append(answers)
-    if not scorers:
-        return None
-    return lambda: {name: value for scorer in scorers for name, value in scorer().items()}
+        prompts.append(task_prompt(task, examples[0], tokenizer, training.max_seq_length))
+    return Validation(scorers, prompts) if scorers else None
+
+
+def make_samples(
+    config: RunConfig,
+    model: CausalLM,
+    tokenizer: TextTokenizer,
+    compute: Compute,
+    validation: Callable[[], Mapping[str, float]] | None,
+) -> list[Callback]:
+    """What writes samples at the end: of a run in one process that holds its whole model, and has something to ask."""
+    if not isinstance(validation, Validation) or distributed.world_size() > 1 or is_cut(config.distributed):
+        return []
+    return [Samples(model, tokenizer, compute, validation.prompts)]
 
 
 @contextmanager

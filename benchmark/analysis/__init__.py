@@ -1,0 +1,1 @@
+"""What the trials say: figures, report and plots. Needs no Ax."""

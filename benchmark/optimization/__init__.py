@@ -1,0 +1,1 @@
+"""The search: Ax proposes, trials answer, the state is saved after each."""
