@@ -25,11 +25,11 @@ def run_benchmark(overrides: Sequence[str], *, resume: Path | None, analyze_only
         experiment, folder = load_experiment(analyze_only), analyze_only.parent
     else:
         experiment, folder = _begin(overrides, resume)
-        from benchmark.optimization.search import Search, restrict_to_stage
+        from benchmark.optimization.search import Search, leave_out_useless
 
-        settings, dropped = restrict_to_stage(experiment.settings)
+        settings, dropped = leave_out_useless(experiment.settings)
         if dropped:
-            logger.info("not searched, as this stage mixes no text: %s", ", ".join(dropped))
+            logger.info("not searched, as there is no mixture of texts to weigh: %s", ", ".join(dropped))
             experiment.settings = settings
         try:
             Search(experiment, folder).finish()

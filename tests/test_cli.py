@@ -261,7 +261,12 @@ def test_help_is_quick_and_loads_nothing_heavy(flag: str) -> None:
         ),
         (["serve", "--model", "a", "--port", "8080"], 2, "", "error: a does not exist; give a GGUF file or a"),
         (["generate", "--model", "a", "--prompt", "b"], 2, "", "error: a does not exist; give a GGUF file or a folder"),
-        (["benchmark"], 2, "", "error: the Ax search is not available yet in this version"),
+        (
+            ["benchmark", "benchmark.num_trials=0"],
+            2,
+            "",
+            "error: benchmark.num_trials: expected a number greater than or equal to 1, given 0",
+        ),
     ],
 )
 def test_other_commands(

@@ -38,7 +38,7 @@ def _figure(width: float, height: float) -> Any:
 def _trace(records: Sequence[TrialRecord], settings: Settings) -> Any:
     """Each trial, the best so far, and the default with its repeats' range."""
     searched = [record for record in records if record.kind == "search"]
-    if not searched:
+    if not measured(records):
         return None
     figure = _figure(8, 4.5)
     axes = figure.subplots()

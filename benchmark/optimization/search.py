@@ -20,6 +20,7 @@ from benchmark.core.runner import LOG, Outcome, TrialError, run_preparation, run
 from benchmark.optimization.ax_search import AxSearch
 from benchmark.optimization.experiment import Experiment
 from wrinklefree.composition import compose
+from wrinklefree.data.config import PretrainData
 from wrinklefree.training.config import MIXING_STAGES
 
 logger = logging.getLogger(__name__)
@@ -157,10 +158,10 @@ def _short(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def restrict_to_stage(settings: Settings) -> tuple[Settings, list[str]]:
-    """Settings without the knobs that the chosen stage does not have, and the names of those."""
+def leave_out_useless(settings: Settings) -> tuple[Settings, list[str]]:
+    """Settings without the knobs of a mixture where there is none to weigh, and the names of those."""
     config = compose(settings.training_overrides).config
-    names: list[str] = []
-    if config.training.stage not in MIXING_STAGES:
-        names = [name for name, knob in settings.knobs.items() if knob.key.startswith("influence.")]
+    sources = len(config.data.sources) if isinstance(config.data, PretrainData) else 0
+    mixes = config.training.stage in MIXING_STAGES and (settings.benchmark.use_synthetic_data or sources > 1)
+    names = [name for name, knob in settings.knobs.items() if knob.key.startswith("influence.") and not mixes]
     return settings.without(names), names

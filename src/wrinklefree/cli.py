@@ -535,10 +535,5 @@ def _parser(program: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=program, description=description)
 
 
-def _not_available(parser: argparse.ArgumentParser, argv: Sequence[str] | None, part: str, instead: str) -> int:
-    parser.parse_args(argv)
-    raise NotAvailableError(f"{part} is not available yet in this version; {instead}")
-
-
 def _show(text: str) -> None:
     sys.stdout.write(f"{text}\n")

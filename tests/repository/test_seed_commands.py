@@ -1,10 +1,10 @@
 """Every command that the project was asked to answer composes and decodes, or says what is not there yet."""
 
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
+from benchmark.config.settings import read_settings
 from wrinklefree import cli
 from wrinklefree.composition import compose
 
@@ -59,14 +59,12 @@ TRAIN: list[tuple[str, dict[str, object]]] = [
     ("model=qwen3_4b optimizer.type=adamw_8bit", {"type": "adamw_8bit"}),
 ]
 
-OTHERS: list[tuple[Callable[[Sequence[str]], int], str]] = [
-    (cli.benchmark_main, ""),
-    (cli.benchmark_main, "benchmark.num_trials=10"),
-    (cli.benchmark_main, "--resume benchmark_results/experiment.json"),
-    (cli.benchmark_main, "--analyze-only benchmark_results/experiment.json"),
-    (cli.benchmark_main, "benchmark.measurement_steps=200"),
-    (cli.benchmark_main, "benchmark.sequence_length=1024"),
-    (cli.benchmark_main, "benchmark.use_synthetic_data=false"),
+BENCHMARK: list[tuple[str, dict[str, object]]] = [
+    ("", {"num_trials": 50, "output_dir": "benchmark_results"}),
+    ("benchmark.num_trials=10", {"num_trials": 10}),
+    ("benchmark.measurement_steps=200", {"measurement_steps": 200}),
+    ("benchmark.sequence_length=1024", {"sequence_length": 1024}),
+    ("benchmark.use_synthetic_data=false", {"use_synthetic_data": False}),
 ]
 
 
@@ -86,12 +84,19 @@ def test_training_commands_decode_to_what_they_say(command: str, expected: dict[
     assert {name: found[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize(("main", "command"), OTHERS)
-def test_other_commands_are_understood_and_said_to_be_missing(
-    main: Callable[[Sequence[str]], int], command: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("command", "expected"), BENCHMARK)
+def test_benchmark_commands_decode_to_what_they_say(command: str, expected: dict[str, object]) -> None:
+    told = read_settings(command.split()).benchmark.model_dump()
+    assert {name: told[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--analyze-only"])
+def test_a_benchmark_that_is_not_there_is_said_so(
+    flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(command.split()) == 2
-    assert "is not available yet in this version" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    assert cli.benchmark_main([flag, "benchmark_results/experiment.json"]) == 2
+    assert "error: benchmark_results/experiment.json does not exist; give the" in capsys.readouterr().err
 
 
 def test_the_conversion_command_is_understood(

@@ -52,17 +52,20 @@ PAST_BEST = 1.01
 WASTED = 0.1
 """So is padding from this share of all positions on."""
 
+_GRADIENT, _SPEED = "gradient norm (before clipping)", "tokens a second"
 _PANELS = (
-    ("gradient norm (before clipping)", ("grad_norm",)),
+    (_GRADIENT, ("grad_norm",)),
     ("warm-up of quantization and SubLN", ("quantization_lambda", "subln_strength")),
-    ("tokens a second", ("tokens_per_second",)),
+    (_SPEED, ("tokens_per_second",)),
 )
+_NOISY = ("loss", _GRADIENT, _SPEED)
 _TELEMETRY = (
     ("quantization/flips", "codes that flipped since the last look"),
     ("quantization/zeros", "codes that are zero"),
     ("quantization/near_threshold", "weights near a threshold"),
     ("quantization/scale", "mean scale"),
     (DATA_WAIT, "waited for data, share of the step"),
+    ("padding_share", "padding, share of all positions"),
 )
 
 Line = Mapping[str, Any]
@@ -121,7 +124,7 @@ def render_run_page(folder: Path, lineage: Mapping[str, Any]) -> str:
             heading(name, str(record.get("status", "unknown")), subtitle),
             notes(findings(steps, validations, record)),
             facts(summary(steps, validations, record)),
-            section("Curves", charts([line_chart(panel) for panel in panels(lines, steps)])),
+            section("Curves", draw(panels(lines, steps), steps)),
             section("Evaluation", evaluation_table(validations)),
             section("Samples (greedy)", samples(said)),
             section("Telemetry", telemetry_table(steps)),
@@ -144,8 +147,17 @@ def panels(lines: Sequence[Line], steps: Sequence[Line]) -> list[Panel]:
     for key in [*(key for key in named if key in present), *(key for key in present if key not in named)]:
         seen = [line for line in steps if key in line["metrics"]]
         curve = Curve(key, _steps(seen), [_number(line["metrics"][key]) for line in seen])
-        found.append(Panel(named.get(key) or key, [curve]))
+        if any(curve.y):
+            found.append(Panel(named.get(key) or key, [curve]))
     return found
+
+
+def draw(found: Sequence[Panel], steps: Sequence[Line]) -> str:
+    """The panels as charts over the same steps."""
+    if not steps:
+        return ""
+    x_range = (float(steps[0]["step"]), float(steps[-1]["step"]))
+    return charts([line_chart(panel, x_range=x_range, smooth=panel.y_label in _NOISY) for panel in found])
 
 
 def summary(steps: Sequence[Line], validations: Sequence[Line], record: Mapping[str, Any]) -> dict[str, str]:

@@ -13,6 +13,9 @@ from wrinklefree.training.plots import Bar, Curve, Panel
 WIDTH, HEIGHT = 640, 230
 LEFT, RIGHT, TOP, BOTTOM = 62, 14, 10, 26
 COLUMNS = 400
+SMOOTHED = 0.05
+SHORTEST_SMOOTHED = 60
+"""Points of a curve that is smoothed."""
 COLOURS = 8
 """Classes `c0` to `c7` of the page's style sheet."""
 
@@ -20,14 +23,23 @@ Point = tuple[float, float | None]
 """x, and y; None marks a gap."""
 
 
-def line_chart(panel: Panel, *, x_label: str = "step") -> str:
-    """A figure of one panel: axes, a path for each curve, and each curve's last value below; empty without a point."""
+def line_chart(
+    panel: Panel, *, x_label: str = "step", x_range: tuple[float, float] | None = None, smooth: bool = False
+) -> str:
+    """A figure of one panel: axes, a path for each curve, and each curve's last value below; empty without a point.
+
+    Args:
+        panel: The curves.
+        x_label: What one unit of x is.
+        x_range: Both ends of the x axis, so that charts below each other can be compared; the curves' own by default.
+        smooth: Draw long curves faintly, and their moving average (`SMOOTHED` of the points) over them.
+    """
     points = [
         (x, y) for curve in panel.curves for x, y in zip(curve.x, curve.y, strict=True) if _drawable(y, panel.log)
     ]
     if not points:
         return ""
-    x_range = _widened(min(x for x, _ in points), max(x for x, _ in points), share=0.0)
+    x_range = _widened(*(x_range or (min(x for x, _ in points), max(x for x, _ in points))), share=0.0)
     heights = [_height(y, panel.log) for _, y in points]
     y_range = _widened(min(heights), max(heights), share=0.05)
 
@@ -50,7 +62,12 @@ def line_chart(panel: Panel, *, x_label: str = "step") -> str:
         parts.append(f'<text class="tick" x="{across(value):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>')
     for number, curve in enumerate(panel.curves):
         kept = list(_reduced(curve, panel.log, *x_range))
-        parts.append(_line(kept, f"c{number % COLOURS}", across, down, markers=panel.markers))
+        smoothed = smooth and len(curve.x) >= SHORTEST_SMOOTHED
+        colour = f"c{number % COLOURS}"
+        parts.append(_line(kept, f"{colour} raw" if smoothed else colour, across, down, markers=panel.markers))
+        if smoothed:
+            mean = list(_reduced(moving_average(curve), panel.log, *x_range))
+            parts.append(_line(mean, colour, across, down, markers=False))
     parts.append("</svg>")
     return f"<figure>{''.join(parts)}<figcaption>{_caption(panel)}</figcaption></figure>"
 
@@ -104,13 +121,29 @@ def tick_labels(values: Sequence[float]) -> list[str]:
 
 
 def short_number(value: float, digits: int = 4) -> str:
-    """A number for people: `1.5`, `20k`, `3M`, `2.5e-05`."""
+    """A number for people: `1.5`, `4,000`, `20k`, `3M`, `2.5e-05`."""
     if value == 0:
         return "0"
     for limit, unit, suffix in ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(value) >= limit:
             return f"{value / unit:.{digits}g}{suffix}"
-    return f"{value:.{digits}g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 and digits <= 4 else f"{value:.{digits}g}"
+
+
+def moving_average(curve: Curve) -> Curve:
+    """The mean of the finite values around each point, `SMOOTHED` of all points wide; NaN where there is none."""
+    reach = max(2, round(len(curve.y) * SMOOTHED / 2))
+    # Running sums: the width of the window costs nothing.
+    sums, counts = [0.0], [0]
+    for y in curve.y:
+        sums.append(sums[-1] + (y if math.isfinite(y) else 0.0))
+        counts.append(counts[-1] + math.isfinite(y))
+    means: list[float] = []
+    for at in range(len(curve.y)):
+        low, high = max(0, at - reach), min(len(curve.y), at + reach + 1)
+        inside = counts[high] - counts[low]
+        means.append((sums[high] - sums[low]) / inside if inside else math.nan)
+    return Curve(curve.name, curve.x, means)
 
 
 def _caption(panel: Panel) -> str:
@@ -140,7 +173,7 @@ def _line(
     *,
     markers: bool,
 ) -> str:
-    """The curve, and dots on its points where they are few or stand alone."""
+    """The curve in the classes `colour`, and dots on its points where they are few or stand alone."""
     commands: list[str] = []
     pen_down = False
     for x, y in points:

@@ -34,6 +34,7 @@ figcaption { font-size: .85rem; color: var(--faint); }
 svg { display: block; width: 100%; height: auto; } svg text { font: 11px system-ui, sans-serif; fill: var(--faint); }
 svg text.name { fill: var(--text); font-size: 12px; } .grid { stroke: var(--line); }
 .curve { fill: none; stroke-width: 1.4; stroke-linejoin: round; } .bar { fill: var(--accent); opacity: .75; }
+.curve.raw { opacity: .3; stroke-width: 1; }
 .interval { stroke: var(--text); stroke-width: 1.3; fill: none; }
 .key { margin-left: 10px; white-space: nowrap; }
 .key i { display: inline-block; width: 14px; height: 3px; margin: 0 4px 3px 0; }
