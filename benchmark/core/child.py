@@ -39,7 +39,8 @@ class Meter(Callback):
         self._ended: tuple[float, int] | None = None
         self.losses: list[float] = []
         self.evaluation: dict[str, float] = {}
-        self.skipped_steps = 0
+        self.mixture_seconds = 0.0
+        """Of the window, in updates of the data mixture."""
 
     def on_start(self, run: RunInfo) -> None:
         """Nothing is measured yet."""
@@ -47,11 +48,12 @@ class Meter(Callback):
     def on_step(self, report: StepReport) -> None:
         """Begin the window after the unmeasured tokens; its end moves with every step."""
         now = (time.perf_counter(), report.tokens)
-        if self._began is None and report.tokens >= self._unmeasured:
+        if self._began is not None:
+            self.mixture_seconds += report.metrics.get("influence_seconds", 0.0)
+        elif report.tokens >= self._unmeasured:
             self._began = now
         self._ended = now
         self.losses.append(report.terms.get("cross_entropy", report.loss))
-        self.skipped_steps += report.skipped
 
     def on_evaluation(self, report: StepReport) -> None:
         """Keep the last validation."""
@@ -83,7 +85,8 @@ def measure(job: Job) -> BenchmarkMetrics:
     plan: StagePlan = plan_stage(config, tree)
     meter = Meter(job.unmeasured_tokens)
     run_stage(plan, [meter])
-    tokens, seconds = meter.window()
+    tokens, window = meter.window()
+    seconds = window - meter.mixture_seconds * (1 - job.mixture_share)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak, kind = peak_memory(device)
     perplexity = meter.evaluation.get("perplexity")
@@ -97,9 +100,10 @@ def measure(job: Job) -> BenchmarkMetrics:
         loss=math.log(perplexity) if perplexity is not None else sum(last) / len(last),
         steps=len(meter.losses),
         tokens=tokens,
-        window_seconds=seconds,
+        window_seconds=window,
         measured_on=measured_on,
         memory_is=kind,
+        influence_seconds=meter.mixture_seconds,
         loss_is="training" if perplexity is None else "validation",
     )  # fmt: skip
 

@@ -35,6 +35,9 @@ class Job:
     unmeasured_tokens: int
     """Tokens of the steps before the window; the window begins with the step after them."""
     threads: int | None
+    mixture_share: float = 1.0
+    """What an update of the data mixture costs here, over what it costs in a run of the reference length: a trial makes as many
+    updates in far fewer steps."""
 
     def write(self, path: Path) -> None:
         """Store it for the process."""
@@ -45,7 +48,7 @@ class Job:
     def read(cls, path: Path) -> "Job":
         """What `write` stored."""
         tree = json.loads(path.read_text(encoding="utf-8"))
-        return cls(tuple(tree["overrides"]), tree["unmeasured_tokens"], tree["threads"])
+        return cls(tuple(tree["overrides"]), tree["unmeasured_tokens"], tree["threads"], tree["mixture_share"])
 
 
 def spelled(value: Value | None) -> str:
@@ -114,7 +117,12 @@ def make_job(settings: Settings, parameters: Mapping[str, Any], *, seed: int, fo
         # As often, in shares of the run, as a run of the reference length would.
         interval = default_interval(settings)
         overrides.append(f"influence.update_interval={max(1, round(interval / told.reference_steps * steps))}")
-    return Job(tuple(overrides), skipped * accumulation * batch * told.sequence_length, told.threads)
+    return Job(
+        overrides=tuple(overrides),
+        unmeasured_tokens=skipped * accumulation * batch * told.sequence_length,
+        threads=told.threads,
+        mixture_share=min(1.0, steps / told.reference_steps),
+    )
 
 
 def _defaults(settings: Settings) -> StageConfig:

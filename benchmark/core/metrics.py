@@ -15,7 +15,8 @@ class BenchmarkMetrics:
     """A completed trial in figures."""
 
     tokens_per_second: float
-    """Positions trained on in the measured window, over its wall-clock time."""
+    """Positions trained on in the measured window, over its wall-clock time, in which updates of the data mixture count as
+    much as they would in a run of the reference length."""
     peak_bytes: int
     """GPU: most memory that tensors held at once. CPU: the process's own peak, interpreter and libraries included."""
     loss: float

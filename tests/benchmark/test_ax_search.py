@@ -20,6 +20,7 @@ from benchmark.core.metrics import BenchmarkMetrics, Failure
 from benchmark.core.runner import Outcome, TrialError, run_trial
 from benchmark.optimization.experiment import FILE, Experiment, load_experiment
 from benchmark.optimization.search import Search
+from wrinklefree.training.callbacks import StepReport
 from wrinklefree.utils.errors import CheckpointError, ConfigError, NonFiniteError, OutOfMemoryError
 
 SMALL = [
@@ -162,6 +163,22 @@ def test_every_end_of_a_trial_has_its_kind(
     failure = json.loads((tmp_path / child.RESULT).read_text())["failure"]
     assert failure["kind"] == kind
     assert str(error) in failure["reason"]
+
+
+def test_the_window_begins_behind_the_first_steps_and_knows_its_updates() -> None:
+    meter = child.Meter(unmeasured_tokens=200)
+    for step in range(1, 6):
+        report = StepReport(
+            step=step, total_steps=5, loss=3.0, terms={"cross_entropy": 2.0}, weights={"cross_entropy": 1.0},
+            learning_rate=0.1, grad_norm=1.0, tokens=100 * step, tokens_per_second=1.0, step_seconds=1.0, eta_seconds=0.0,
+            metrics={"influence_seconds": 10.0 * step},
+        )  # fmt: skip
+        meter.on_step(report)
+    tokens, seconds = meter.window()
+    assert tokens == 300
+    assert 0 < seconds < 10
+    assert meter.mixture_seconds == 30.0 + 40.0 + 50.0
+    assert meter.losses == [2.0] * 5
 
 
 def test_figures_that_are_not_finite_are_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

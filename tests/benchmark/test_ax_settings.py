@@ -100,6 +100,7 @@ def test_a_knob_that_is_switched_off_is_left_out(defaults: Settings, tmp_path: P
     # As often as in a run of the reference length: once in a tenth of it.
     steps = int(overrides(on)["training.max_steps"])
     assert config.influence.update_interval == max(1, round(steps * 1000 / 10_000))
+    assert on.mixture_share == steps / 10_000
 
 
 @pytest.mark.parametrize("accumulation", [1, 2, 4, 8])
