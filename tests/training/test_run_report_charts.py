@@ -30,8 +30,8 @@ def path_points(figure: str) -> list[list[tuple[float, float]]]:
     """For each path, its points; a gap begins a new list."""
     found = []
     for path in re.findall(r'<path class="curve[^"]*" d="([^"]*)"', figure):
-        for piece in path.split("M")[1:]:
-            found.append([tuple(map(float, point.split(" "))) for point in piece.split("L")])
+        pieces = path.split("M")[1:]
+        found += [[tuple(map(float, point.split(" "))) for point in piece.split("L")] for piece in pieces]
     return found
 
 
