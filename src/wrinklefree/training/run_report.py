@@ -256,13 +256,13 @@ def spread(lines: Sequence[Line], count: int) -> list[Line]:
 def _lineage(folder: Path, record: Mapping[str, Any], lineage: Mapping[str, Any]) -> list[str]:
     """What it was made from, and on what."""
     base = lineage["base"]
-    commit = str(lineage["git_commit"] or "not a git checkout")
+    commit = str(lineage["git_commit"])[:16] if lineage["git_commit"] else "not a git checkout"
     entries = {
         "fingerprint": str(lineage["fingerprint"]),
         "base model": f"{base['name']} from {base['source']} {base['from'] or ''}".strip(),
         "data": f"{_data(lineage)}, {str(lineage['data']['fingerprint'])[:16]}",
         "seed": str(lineage["seed"]),
-        "git commit": commit[:16] + (" with uncommitted changes" if lineage["git_dirty"] else ""),
+        "git commit": commit + (" with uncommitted changes" if lineage["git_dirty"] else ""),
         "host": str(record.get("host", "unknown")),
         "started": str(record.get("created_at", "unknown")),
         "last written": str(record.get("updated_at", "unknown")),

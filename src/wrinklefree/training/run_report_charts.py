@@ -110,14 +110,14 @@ def nice_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def tick_labels(values: Sequence[float]) -> list[str]:
-    """Short labels (`1.5`, `20k`, `3M`, `2.5e-05`) with as many digits as it takes to tell neighbours apart."""
-    for digits in range(3, 16):
-        labels = [short_number(value, digits) for value in values]
-        if len(set(labels)) == len(set(values)):
-            break
-    else:
-        labels = [str(value) for value in values]
-    return labels
+    """Short labels (`1.5`, `20k`, `3M`, `2.5e-05`), right to a fiftieth of the ticks' distance."""
+    if not values:
+        return []
+    slack = abs(values[-1] - values[0]) / max(len(values) - 1, 1) / 50
+    for digits in range(3, 17):
+        if all(abs(float(f"{value:.{digits}g}") - value) <= slack for value in values):
+            return [short_number(value, digits) for value in values]
+    return [str(value) for value in values]
 
 
 def short_number(value: float, digits: int = 4) -> str:
