@@ -104,7 +104,8 @@ class FinetuneData(Config):
     name: str
     task: str
     """A name in `wrinklefree.data.tasks`. Generated: recall, in_context_lookup. Packaged: movie_reviews, news_topic,
-    boolq, xsum. From the hub: sst2, cola, mnli, qnli, rte, wnli, mrpc, qqp, cnn_dailymail."""
+    boolq, xsum. From the hub: sst2, cola, mnli, qnli, rte, wnli, mrpc, qqp, cnn_dailymail. Your own: file:PATH, a .jsonl
+    file with prompt and response (and choices) a line."""
     max_examples: int | None = Field(default=None, ge=1)
     """Use only the first so many training examples (after a fixed shuffle)."""
     replay: PretrainData | None = None

@@ -11,63 +11,29 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from wrinklefree.data import facts, lookup, packaged_tasks
+from wrinklefree.data.file_task import PREFIX, file_task
 from wrinklefree.data.hub import TASK_ALTERNATIVES, hub_revision, load_hub_split
 from wrinklefree.data.splits import Split, split_by_hash
+from wrinklefree.data.task import Example, Metric, Task
 from wrinklefree.utils import assets
 from wrinklefree.utils.errors import ConfigError
-
-Metric = Literal["accuracy", "rouge_l"]
 
 HUB_VALIDATION_SHARE = 0.02
 """Share of a hub task's training rows that validates: GLUE keeps its test labels, so its validation set tests."""
 
 
-@dataclass(frozen=True)
-class Example:
-    """One prompt and what should follow it."""
-
-    before: str
-    """Instruction ahead of the passage; kept whole."""
-    passage: str
-    """The part that a row too short for the prompt cuts, from its end."""
-    after: str
-    """Question or cue behind the passage; kept whole."""
-    response: str
-    """Target text, with its leading space."""
-    label: int | None = None
-    """Index into `choices`; None for free text."""
-    choices: tuple[str, ...] = ()
-    """Label words, each a possible `response`."""
-
-    @property
-    def prompt(self) -> str:
-        """The whole prompt."""
-        return self.before + self.passage + self.after
-
-
-@dataclass(frozen=True)
-class Task:
-    """A named set of examples and how answers are judged."""
-
-    name: str
-    kind: Literal["classification", "generation"]
-    metric: Metric
-    label_words: tuple[str, ...]
-    """All label words, without the leading space; an example's own `choices` may be fewer. Empty for generation."""
-    load: Callable[[Split], list[Example]]
-    """Examples of a split, in a fixed order."""
-    identity: Callable[[], str]
-    """Identity of the examples, cheap to compute."""
-
-
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """The task of that name; `file:PATH` is one of the user's own (see `file_task`).
 
     Raises:
         ConfigError: there is none.
+        DataError: a file that is no task.
     """
+    if name.startswith(PREFIX):
+        return file_task(name)
     if name not in TASKS:
-        raise ConfigError(f"there is no task {name!r} for data.task; choose one of {', '.join(sorted(TASKS))}")
+        known = ", ".join(sorted(TASKS))
+        raise ConfigError(f"there is no task {name!r} for data.task; choose one of {known}, or file:PATH for your own")
     return TASKS[name]
 
 

@@ -8,6 +8,7 @@ tens of thousands; characters of the hub's tasks are rounded and include our tem
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from wrinklefree.data.file_task import PREFIX, file_task
 from wrinklefree.utils.errors import ConfigError
 
 CHARACTERS_A_TOKEN = 4.0
@@ -50,11 +51,20 @@ def task_size(task: str, max_seq_length: int) -> TaskSize:
     Raises:
         ConfigError: a task that nobody has measured.
     """
+    if task.startswith(PREFIX):
+        found = file_task(task).load("train")
+        examples = len(found)
+        characters = sum(len(example.prompt) + len(example.response) for example in found) // max(1, examples)
+        response = sum(len(example.response) for example in found) // max(1, examples)
+        return _size(examples, characters, response, max_seq_length)
     if task not in _CHARACTERS:
         raise ConfigError(
             f"estimate=true does not know the size of task {task!r}: give the run's length (training.max_steps=...) and "
             "the share of positions that are targets (estimation.target_share=...)"
         )
-    examples, characters, response = _CHARACTERS[task]
+    return _size(*_CHARACTERS[task], max_seq_length)
+
+
+def _size(examples: int, characters: int, response: int, max_seq_length: int) -> TaskSize:
     tokens = min(float(max_seq_length), characters / CHARACTERS_A_TOKEN + 1)
     return TaskSize(examples, tokens, min(tokens / 2, max(1.0, response / CHARACTERS_A_TOKEN)))
