@@ -50,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "prepare": prepare_main,
         "inspect": inspect_main,
         "cache": cache_main,
+        "doctor": doctor_main,
     }
     if not arguments or arguments[0] in {"-h", "--help"}:
         from wrinklefree.cli_help import command_help
@@ -314,6 +315,30 @@ def cache_main(argv: Sequence[str] | None = None) -> int:
         return 0
 
     return _guarded(cache)
+
+
+def doctor_main(argv: Sequence[str] | None = None) -> int:
+    """Run `scripts/doctor.py`; returns the exit code: 0 where a training would run."""
+    parser = _parser("doctor.py", "Show what is here and what is missing on this machine, each with its fix.")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument(
+        "--output-dir", default="outputs", metavar="FOLDER", help="where runs will be written (%(default)s)"
+    )
+    parser.add_argument(
+        "--bucket", metavar="NAME", help="write a small object into this bucket, as gcs.enabled=true does"
+    )
+    parser.add_argument("--offline", action="store_true", help="do not knock at the hub")
+    options = parser.parse_args(argv)
+
+    def look() -> int:
+        from wrinklefree.doctor import Request, examine
+
+        request = Request(Path(options.output_dir), options.bucket, options.offline)
+        text, code = examine(request, as_json=options.json)
+        _show(text)
+        return code
+
+    return _guarded(look)
 
 
 def refuse_unavailable(configuration: object) -> None:

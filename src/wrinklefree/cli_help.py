@@ -15,6 +15,7 @@ COMMANDS = {
     "inspect": "show packed rows as text (scripts/inspect_data.py)",
     "cache": "keep a teacher's largest logits for stage 3 (scripts/cache_teacher.py)",
     "study": "run, resume or report a study of many arms (scripts/run_study.py)",
+    "doctor": "what is here and what is missing on this machine (scripts/doctor.py)",
 }
 
 STAGES = {

@@ -85,7 +85,12 @@ def _obstacle(model: CausalLM, compute: Compute, *, sharded: bool) -> str | None
         return "packing.attention=flex compiles itself"
     if model.bitnet is not None and not model.bitnet.is_plain:
         return "model.quantization.weight_scale and dead_zone_bias read lambda as a number, a graph for every step"
-    if compute.device.type == "cpu":
+    return missing_tools(compute.device.type)
+
+
+def missing_tools(device_type: str) -> str | None:
+    """What torch.compile lacks on this machine, None where it has everything."""
+    if device_type == "cpu":
         if not any(shutil.which(name) for name in ("g++", "clang++")):
             return "there is no C++ compiler (g++ or clang++)"
         if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
