@@ -106,6 +106,10 @@ def test_metrics_and_plot_of_a_run(overrides: list[str], text: list[str], tmp_pa
     assert lines[0]["loss"] == pytest.approx(math.log(320), rel=0.1)
     assert 2 < lines[-1]["evaluation"]["bits_per_byte"] < 9
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "completed" in page
+    assert "Samples (greedy)" in page
+    assert json.loads((folder / "metadata.json").read_text())["resolved"]["optimizer"] == "adamw"
 
 
 def test_loss_after_load_is_loss_before_save(overrides: list[str], text: list[str], tmp_path: Path) -> None:
@@ -185,6 +189,10 @@ def test_the_pipeline_trains_every_arm_once(
     assert [stage for stage, _ in control.lineage["ancestors"]] == ["fp_pretrain", "fp_sft"]
     assert report["export"]["path"] == str(outputs / "pipeline_tiny" / "model.gguf")
     assert "serve.py --model" in (outputs / "pipeline_tiny" / "report" / "report.md").read_text()
+    page = (outputs / "pipeline_tiny" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "8 of 8 steps done" in page
+    assert "serve.py --model" in page
+    assert page.count("stage3: loss") == 2  # a caption, and its label for screen readers
     loaded, _ = load_gguf_model(outputs / "pipeline_tiny" / "model.gguf")
     trained = final.load_model()
     for name, weight in loaded.named_parameters():

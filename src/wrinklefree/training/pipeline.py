@@ -160,21 +160,23 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
         return
     from wrinklefree.training.report import Report, evaluate_arms, write_report
     from wrinklefree.training.run import StageResult, run_stage
+    from wrinklefree.training.run_report_pipeline import page_if_it_stops, write_pipeline_page
 
     _refuse_endless_cpu_job(config, plans)
 
     outcomes = []
     seconds: dict[str, float] = {}
-    for plan in plans:
-        results: dict[str, StageResult] = {}
-        for number, (name, step) in enumerate(plan.steps.items(), start=1):
-            logger.info("== seed %d, step %d of %d: %s", plan.seed, number, len(plan.steps), name)
-            results[name] = run_stage(step)
-            seconds[name] = seconds.get(name, 0.0) + results[name].seconds
-        evaluation_started = time.perf_counter()
-        logger.info("== seed %d: evaluating every arm on held-out data", plan.seed)
-        outcomes.append(evaluate_arms(config, plan.steps, {name: r.tokens for name, r in results.items()}))
-        seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - evaluation_started
+    with page_if_it_stops(folder, tree, plans):
+        for plan in plans:
+            results: dict[str, StageResult] = {}
+            for number, (name, step) in enumerate(plan.steps.items(), start=1):
+                logger.info("== seed %d, step %d of %d: %s", plan.seed, number, len(plan.steps), name)
+                results[name] = run_stage(step)
+                seconds[name] = seconds.get(name, 0.0) + results[name].seconds
+            evaluation_started = time.perf_counter()
+            logger.info("== seed %d: evaluating every arm on held-out data", plan.seed)
+            outcomes.append(evaluate_arms(config, plan.steps, {name: r.tokens for name, r in results.items()}))
+            seconds["evaluation"] = seconds.get("evaluation", 0.0) + time.perf_counter() - evaluation_started
     point(final, last.artifact)
     export: Export | None = None
     problem: WrinkleFreeError | None = None
@@ -197,6 +199,8 @@ def run_pipeline(config: RunConfig, tree: Mapping[str, Any], overrides: Sequence
         export=export,
     )
     write_report(report, folder)
+    failed = None if problem is None else f"The GGUF file was not written: {problem}"
+    write_pipeline_page(folder, tree, plans, status="completed", report=report, problem=failed)
     point(pipeline_folder(config) / "report", folder)
     if problem is not None:
         raise problem

@@ -111,7 +111,7 @@ def write_run_page(folder: Path, lineage: Mapping[str, Any]) -> Path | None:
 
 def render_run_page(folder: Path, lineage: Mapping[str, Any]) -> str:
     """The page as text; see `write_run_page`."""
-    record, lineage = scrub(_record(folder)), scrub(dict(lineage))
+    record, lineage = scrub(read_record(folder)), scrub(dict(lineage))
     lines = read_metrics(folder / METRICS_FILE)
     steps = [line for line in lines if line["event"] == "step"]
     validations = [line for line in lines if line["event"] == "evaluation"]
@@ -138,7 +138,7 @@ def panels(lines: Sequence[Line], steps: Sequence[Line]) -> list[Panel]:
     """All curves: losses, validations and rate; then gradients, warm-ups, the quantizer's telemetry, speed, and the rest."""
     found = loss_panels([dict(line) for line in lines]) if steps else []
     for label, keys in _PANELS:
-        values = {key: [_number(line.get(key)) for line in steps] for key in keys}
+        values = {key: [number_or_nan(line.get(key)) for line in steps] for key in keys}
         if "quantization_lambda" in keys and all(value >= 1 for column in values.values() for value in column):
             continue
         found.append(Panel(label, [Curve(key, _steps(steps), column) for key, column in values.items()]))
@@ -146,7 +146,7 @@ def panels(lines: Sequence[Line], steps: Sequence[Line]) -> list[Panel]:
     present: dict[str, None] = dict.fromkeys(key for line in steps for key in line["metrics"])
     for key in [*(key for key in named if key in present), *(key for key in present if key not in named)]:
         seen = [line for line in steps if key in line["metrics"]]
-        curve = Curve(key, _steps(seen), [_number(line["metrics"][key]) for line in seen])
+        curve = Curve(key, _steps(seen), [number_or_nan(line["metrics"][key]) for line in seen])
         if any(curve.y):
             found.append(Panel(named.get(key) or key, [curve]))
     return found
@@ -276,7 +276,7 @@ def _lineage(folder: Path, record: Mapping[str, Any], lineage: Mapping[str, Any]
     return [facts(entries), parents, table(["package", "version"], [[n, str(v)] for n, v in sorted(versions.items())])]
 
 
-def _record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> dict[str, Any]:
     """What `metadata.json` says: status, step, error, times, versions; nothing where it is not there."""
     try:
         return dict(json.loads((folder / METADATA).read_bytes()))
@@ -296,7 +296,8 @@ def _steps(lines: Sequence[Line]) -> list[float]:
     return [float(line["step"]) for line in lines]
 
 
-def _number(value: float | None) -> float:
+def number_or_nan(value: float | None) -> float:
+    """A value as it stands in `metrics.jsonl`, where null is what was not finite."""
     return math.nan if value is None else float(value)
 
 

@@ -93,6 +93,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{body}\n</table></div>'
 
 
+def paragraphs(lines: Sequence[str]) -> str:
+    """Each line as a paragraph."""
+    return "\n".join(f"<p>{escape(line)}</p>" for line in lines if line)
+
+
 def charts(figures: Sequence[str]) -> str:
     """Figures side by side where there is room."""
     drawn = [figure for figure in figures if figure]

@@ -1,0 +1,249 @@
+"""`report.html` of a whole job: the table of arms, gap closure, samples, the curves of every step, and where all of it lies.
+
+Made of the report and of what the steps left in their folders, so a job that stopped half-way has a page of what it did.
+Curves of several seeds share a chart.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from wrinklefree.training.callbacks import METRICS_FILE, format_duration, read_metrics
+from wrinklefree.training.pipeline import PipelinePlan
+from wrinklefree.training.plan import StagePlan
+from wrinklefree.training.plots import Bar, Curve, Panel
+from wrinklefree.training.report import Report, Row, render_closure, summarize
+from wrinklefree.training.run_report import LOWER_IS_BETTER, RUN_PAGE, number_or_nan, read_record
+from wrinklefree.training.run_report_charts import bar_chart, line_chart
+from wrinklefree.training.run_report_page import (
+    charts,
+    configuration,
+    facts,
+    heading,
+    notes,
+    page,
+    paragraphs,
+    samples,
+    section,
+    table,
+)
+from wrinklefree.training.trainer import Interrupted
+from wrinklefree.utils.audit_logger import scrub
+from wrinklefree.utils.storage import atomic_write
+
+logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def page_if_it_stops(folder: Path, tree: Mapping[str, Any], plans: Sequence[PipelinePlan]) -> Iterator[None]:
+    """Write the page of what was done when the block is interrupted or fails."""
+    try:
+        yield
+    except Interrupted:
+        write_pipeline_page(folder, tree, plans, status="interrupted")
+        raise
+    except Exception as error:
+        write_pipeline_page(folder, tree, plans, status="failed", problem=f"{type(error).__name__}: {error}")
+        raise
+
+
+def write_pipeline_page(
+    folder: Path,
+    tree: Mapping[str, Any],
+    plans: Sequence[PipelinePlan],
+    *,
+    status: str,
+    report: Report | None = None,
+    problem: str | None = None,
+) -> Path | None:
+    """Write the page into the job's report folder; None where that fails, which is logged and harms nothing.
+
+    Args:
+        folder: The report's folder.
+        tree: The job's configuration.
+        plans: The steps of each seed, run or not.
+        status: completed, interrupted or failed.
+        report: What the job found, once it has come so far.
+        problem: What went wrong.
+    """
+    path = folder / RUN_PAGE
+    try:
+        text = render_pipeline_page(tree, plans, status=status, report=report, problem=problem)
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, text.encode("utf-8", errors="replace"))
+    except Exception as error:  # noqa: BLE001 (hours of training end here, and the page is not what they were for)
+        reason = " ".join(str(error).split())[:300]
+        logger.warning("%s was not written (%s: %s)", path, type(error).__name__, reason)
+        return None
+    logger.info("page: %s", path)
+    return path
+
+
+def render_pipeline_page(
+    tree: Mapping[str, Any],
+    plans: Sequence[PipelinePlan],
+    *,
+    status: str,
+    report: Report | None = None,
+    problem: str | None = None,
+) -> str:
+    """The page as text; see `write_pipeline_page`."""
+    tree = scrub(dict(tree))
+    steps = [
+        (plan.seed, name, step, scrub(read_record(step.run_folder)))
+        for plan in plans
+        for name, step in plan.steps.items()
+    ]
+    done = sum(record.get("status") == "completed" for *_, record in steps)
+    seeds = ", ".join(str(plan.seed) for plan in plans)
+    model = next(iter(plans[0].steps.values())).config.model.name
+    found = [("bad", problem)] if problem else []
+    if status == "interrupted":
+        found.append(("warn", "The job was interrupted; the same command resumes it."))
+    title = f"{model}: from full precision to ternary"
+    return page(
+        title,
+        [
+            heading(title, status, f"seed {seeds}; {done} of {len(steps)} steps done"),
+            notes([(kind, str(scrub(text))) for kind, text in found]),
+            facts(_facts(report, steps)),
+            *([] if report is None else _results(report)),
+            section("Curves of the steps", charts(step_charts(plans))),
+            section("Steps", _steps_table(steps)),
+            section("Lineage", facts(_lineage(plans)), _versions([record for *_, record in steps])),
+            section("Configuration", configuration(tree)),
+        ],
+    )
+
+
+def step_charts(plans: Sequence[PipelinePlan]) -> list[str]:
+    """For each step its loss, and its validation scores; a curve a seed."""
+    figures: list[str] = []
+    for name in plans[0].steps:
+        runs = [
+            (f"seed {plan.seed}", read_metrics(plan.steps[name].run_folder / METRICS_FILE))
+            for plan in plans
+            if name in plan.steps
+        ]
+        losses: list[Curve] = []
+        scores: dict[str, list[Curve]] = {}
+        for seed, lines in runs:
+            steps = [line for line in lines if line["event"] == "step"]
+            if steps:
+                values = [number_or_nan(line["loss"]) for line in steps]
+                losses.append(Curve(seed, [line["step"] for line in steps], values))
+            validations = [line for line in lines if line["event"] == "evaluation"]
+            for score in dict.fromkeys(score for line in validations for score in line["evaluation"]):
+                seen = [line for line in validations if score in line["evaluation"]]
+                values = [number_or_nan(line["evaluation"][score]) for line in seen]
+                scores.setdefault(score, []).append(Curve(seed, [line["step"] for line in seen], values))
+        # Perplexity says what bits per byte say.
+        hidden = LOWER_IS_BETTER[1] if LOWER_IS_BETTER[0] in scores else None
+        figures.append(line_chart(Panel(f"{name}: loss", losses), smooth=True))
+        for score, curves in scores.items():
+            if score != hidden:
+                figures.append(line_chart(Panel(f"{name}: validation {score}", curves, markers=True)))
+    return figures
+
+
+def _results(report: Report) -> list[str]:
+    """Table, gap closure, bars, file and samples."""
+    rows = summarize(report.outcomes)
+    task = report.outcomes[0].arms[-1].task
+    bars = [
+        bar_chart(
+            [Bar(row.name, row.bits_per_byte, row.bits_interval.low, row.bits_interval.high) for row in rows],
+            y_label="held-out bits per byte (lower is better)",
+        ),
+        bar_chart(
+            [Bar(row.name, row.task_value, row.task_interval.low, row.task_interval.high) for row in rows],
+            y_label=f"{task.task}, {task.metric} (higher is better)",
+        ),
+    ]
+    said = [(arm, prompt, continuation) for arm, prompt, continuation in report.outcomes[-1].samples]
+    parts = [
+        section(
+            "Results",
+            _arms_table(rows, f"{task.task} {task.metric}"),
+            paragraphs(
+                [*render_closure(rows).splitlines(), "Intervals are 95%. Ternary sizes count 2 bits a block weight."]
+            ),
+            charts(bars),
+        )
+    ]
+    if report.export is not None:
+        made = [(f"{report.export.engine}, from the file", prompt, text) for prompt, text in report.export.samples]
+        said += made
+        parts.append(section("GGUF", paragraphs(report.export.lines())))
+    return [*parts, section("Samples (greedy)", samples(said))]
+
+
+def _arms_table(rows: Sequence[Row], task: str) -> str:
+    head = ["model", "what it is", "trained tokens", "bits per byte", "95%", task, "95%", "linear MB", "all MB"]
+    body = [
+        [
+            row.name,
+            row.meaning,
+            f"{row.tokens:,}",
+            f"{row.bits_per_byte:.4f}",
+            f"{row.bits_interval.low:.4f} to {row.bits_interval.high:.4f}",
+            f"{row.task_value:.1%}",
+            f"{row.task_interval.low:.1%} to {row.task_interval.high:.1%}",
+            f"{row.size.linear / 1e6:.2f}",
+            f"{row.size.total / 1e6:.2f}",
+        ]
+        for row in rows
+    ]
+    return table(head, body)
+
+
+Step = tuple[int, str, StagePlan, dict[str, Any]]
+"""Seed, name, plan, and what the step's record says."""
+
+
+def _facts(report: Report | None, steps: Sequence[Step]) -> dict[str, str]:
+    if report is None:
+        spent = sum(float(record.get("seconds", 0.0)) for *_, record in steps)
+        return {"working time of the steps": format_duration(spent)}
+    found = {"ternary model": str(report.paths["final"]), "this command took": format_duration(report.total_seconds)}
+    if report.export is not None:
+        found["GGUF file"] = str(report.export.conversion.path)
+    return found | {f"{name} took": format_duration(seconds) for name, seconds in report.seconds.items()}
+
+
+def _steps_table(steps: Sequence[Step]) -> str:
+    body = [
+        [
+            str(seed),
+            name,
+            plan.stage.name,
+            str(record.get("status", "not begun")),
+            f"{record['tokens']:,}" if "tokens" in record else "",
+            format_duration(record["seconds"]) if "seconds" in record else "",
+            plan.source.stage + (f", taught by {plan.teacher.stage}" if plan.teacher is not None else ""),
+            plan.fingerprint.value[:16],
+            str(plan.run_folder),
+        ]
+        for seed, name, plan, record in steps
+    ]
+    return table(["seed", "step", "stage", "status", "tokens", "time", "made from", "fingerprint", "folder"], body)
+
+
+def _lineage(plans: Sequence[PipelinePlan]) -> dict[str, str]:
+    step = next(iter(plans[0].steps.values()))
+    model, identity = step.config.model, step.fingerprint
+    where = {"hub": model.pretrained, "package": model.package, "path": model.path}[model.source]
+    commit = identity.git_commit[:16] if identity.git_commit else "not a git checkout"
+    return {
+        "base model": f"{model.name} from {model.source} {where or ''}".strip(),
+        "base fingerprint": step.base.fingerprint,
+        "git commit": commit + (" with uncommitted changes" if identity.git_dirty else ""),
+        **{f"data of {name}": plan.task for name, plan in plans[0].steps.items()},
+    }
+
+
+def _versions(records: Sequence[Mapping[str, Any]]) -> str:
+    versions = next((record["versions"] for record in reversed(records) if "versions" in record), {})
+    return table(["package", "version"], [[name, str(version)] for name, version in sorted(versions.items())])
