@@ -20,7 +20,8 @@ def test_choices_make_a_classification(tmp_path: Path) -> None:
     name = write(
         tmp_path / "reviews.jsonl",
         [
-            {"prompt": "Review: good\nSentiment:", "response": "positive", "choices": ["negative", "positive"], "split": "train"},
+            {"prompt": "Review: good\nSentiment:", "response": "positive", "choices": ["negative", "positive"],
+             "split": "train"},
             "",
             {"prompt": "Review: bad\n", "response": "negative", "choices": ["negative", "positive"], "split": "test"},
         ],
@@ -74,7 +75,10 @@ def split_of(name: str) -> Any:
         ([{"prompt": "a", "response": "b", "split": "dev"}], "split is 'dev', and splits are train, validation, test"),
         ([{"prompt": "a", "response": "b", "choices": ["b"]}], "choices are not a list of two or more texts"),
         ([{"prompt": "a", "response": "b", "choices": ["c", "d"]}], "the response 'b' is none of the choices"),
-        ([{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b", "choices": ["b", "c"]}], "1 of 2 lines have choices"),
+        (
+            [{"prompt": "a", "response": "b"}, {"prompt": "a", "response": "b", "choices": ["b", "c"]}],
+            "1 of 2 lines have choices",
+        ),
         ([], "has no examples"),
     ],
 )  # fmt: skip

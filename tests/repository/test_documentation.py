@@ -15,11 +15,17 @@ from types import ModuleType
 
 import pytest
 
+from benchmark.config.settings import read_settings
 from wrinklefree import cli
 from wrinklefree.composition import compose
+from wrinklefree.training.data_config import parse_prepare
+from wrinklefree.training.evaluation_config import parse_evaluation
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "docs" / "api" / "index.md"])
+PAGES = sorted([
+    *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "tutorials").glob("*.md"),
+    ROOT / "docs" / "api" / "index.md",
+])  # fmt: skip
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
 # Commands about the world outside the repository: nothing of ours to check.
@@ -74,10 +80,27 @@ def check_training(arguments: list[str]) -> None:
 
 FLAG_COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "scripts/convert_to_gguf.py": cli.convert_main,
+    "scripts/doctor.py": cli.doctor_main,
     "scripts/export_hf.py": cli.export_main,
     "scripts/generate.py": cli.generate_main,
     "scripts/serve.py": cli.serve_main,
 }
+
+
+def check_benchmark(arguments: list[str]) -> None:
+    """Overrides decode; `--resume FILE` and `--analyze-only FILE` stand alone."""
+    if arguments[:1] in (["--resume"], ["--analyze-only"]):
+        assert len(arguments) == 2
+        return
+    read_settings(arguments)
+
+
+PARSED_COMMANDS: dict[str, Callable[[list[str]], object]] = {
+    "scripts/run_evaluation.py": parse_evaluation,
+    "scripts/prepare_data.py": parse_prepare,
+    "scripts/run_benchmark.py": check_benchmark,
+}
+"""Commands whose arguments are overrides, and what decodes them."""
 
 
 def check_flags(command: Callable[[list[str]], int], arguments: list[str]) -> None:
@@ -115,6 +138,8 @@ def test_printed_command_is_one_that_we_have(page: str, words: list[str]) -> Non
         assert (ROOT / program).is_file()
         if program == "scripts/train.py":
             check_training(arguments)
+        elif program in PARSED_COMMANDS:
+            PARSED_COMMANDS[program](arguments)
         elif program in FLAG_COMMANDS:
             check_flags(FLAG_COMMANDS[program], arguments)
 

@@ -21,6 +21,7 @@ from wrinklefree.training.callbacks import (
     QuantizationTelemetry,
     RunInfo,
     StepReport,
+    Utilization,
     describe_step,
     format_duration,
     loss_panels,
@@ -51,6 +52,14 @@ def test_a_step_in_words():
         "stage3 step 2/20 | loss 3.5 | ce 2.5 | logits 0.1 (x 10 = 1) | lr 0.001 | grad 0.75 | 12,346 tok/s | "
         "ETA 1:02:03"
     )
+
+
+def test_the_share_of_the_peak_is_a_metric_and_in_the_line():
+    # 6 operations for each of 100 parameters, 12,345.6 times a second, of 20 million.
+    told = report(2)
+    Utilization(600.0, 2e7).on_step(told)
+    assert told.metrics["mfu"] == pytest.approx(600 * 12345.6 / 2e7)
+    assert "| MFU 37.0%" in describe_step("s", told)
 
 
 def test_warmups_and_a_skipped_step_are_named():

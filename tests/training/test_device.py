@@ -9,9 +9,11 @@ from wrinklefree.training.device import (
     Compute,
     choose_compute,
     multiplies_bfloat16,
+    peak_flops_per_second,
     refuse_endless_cpu_run,
     training_flops,
 )
+from wrinklefree.training.device_kinds import kind_by_name
 from wrinklefree.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -53,3 +55,27 @@ def test_a_run_of_days_on_a_cpu_needs_insisting(caplog: pytest.LogCaptureFixture
     refuse_endless_cpu_run(90, allow_slow=False, command_hint="stage 2")
     assert "estimated time 48.0 hours" in caplog.text
     assert "NO GPU: stage 2 runs on the CPU, estimated time 1.5 minutes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100_80gb"),
+        ("NVIDIA A100-SXM4-80GB", "a100_80gb"),
+        ("NVIDIA GeForce RTX 4090", "rtx_4090"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla T4", None),
+    ],
+)
+def test_gpus_are_known_by_their_drivers_name(name: str, kind: str | None) -> None:
+    found = kind_by_name(name)
+    assert (None if found is None else found.name) == kind
+
+
+def test_a_cpus_peak_is_known_once_it_is_measured() -> None:
+    compute = Compute(torch.device("cpu"), torch.float32)
+    assert peak_flops_per_second(compute, measure=False) is None
+    measured = peak_flops_per_second(compute, measure=True)
+    assert measured is not None
+    assert 1e9 < measured < 1e14

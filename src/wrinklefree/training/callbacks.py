@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 METRICS_FILE = "metrics.jsonl"
 LOSS_PLOT = "loss.png"
 DATA_WAIT = "data_wait_share"
+MFU = "mfu"
 VISIBLE_WAIT = 0.02
 """The progress line names the share of a step that waited for data from here on."""
 
@@ -141,6 +142,21 @@ class DataWait(Callback):
             )  # fmt: skip
 
 
+class Utilization(Callback):
+    """Adds `mfu` to the metrics: the model's arithmetic (6 N a token, 8 N with a teacher) over the device's peak.
+
+    Attention and the head's repeated products are not counted, as is usual: the figure compares runs of a model.
+    """
+
+    def __init__(self, flops_per_token: float, peak: float) -> None:
+        """`peak` in operations a second, of all devices together."""
+        self._share_per_speed = flops_per_token / peak
+
+    def on_step(self, report: StepReport) -> None:
+        """Add the figure of the step."""
+        report.metrics[MFU] = report.tokens_per_second * self._share_per_speed
+
+
 class ProgressLine(Callback):
     """A live line on a terminal, a log line every `log_interval` steps elsewhere."""
 
@@ -212,6 +228,8 @@ def describe_step(stage: str, report: StepReport) -> str:
     if report.subln_strength < 1:
         parts.append(f"subln {report.subln_strength:.3f}")
     parts += [f"{report.tokens_per_second:,.0f} tok/s", f"ETA {format_duration(report.eta_seconds)}"]
+    if MFU in report.metrics:
+        parts.append(f"MFU {report.metrics[MFU]:.1%}")
     if report.metrics.get(DATA_WAIT, 0.0) >= VISIBLE_WAIT and report.step > 1:
         parts.append(f"waits {report.metrics[DATA_WAIT]:.0%} for data")
     if report.skipped:

@@ -9,6 +9,7 @@ import torch
 
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.training.device_kinds import kind_by_name
 from wrinklefree.utils.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -68,6 +69,16 @@ def measured_flops_per_second(compute: Compute, size: int = 1024) -> float:
             torch.cuda.synchronize()
         best = min(best, (time.perf_counter() - started) / 3)
     return 2 * size**3 / best
+
+
+def peak_flops_per_second(compute: Compute, *, measure: bool) -> float | None:
+    """The rate that a run's share is taken of: measured if asked for, else a known GPU's data sheet, else unknown."""
+    if measure:
+        return measured_flops_per_second(compute, size=1024 if compute.device.type == "cpu" else 8192)
+    if compute.device.type != "cuda":
+        return None
+    kind = kind_by_name(torch.cuda.get_device_name(compute.device))
+    return None if kind is None else kind.flops(compute.dtype.itemsize)
 
 
 def count_parameters(architecture: Architecture) -> int:

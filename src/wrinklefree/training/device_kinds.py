@@ -69,3 +69,20 @@ DEVICE_KINDS = MappingProxyType(
     }
 )
 """Name -> kind. The CPU's peaks were measured on two server cores with bfloat16 instructions."""
+
+_NAMES = MappingProxyType(
+    {
+        "B200": "b200", "H200": "h200", "H100": "h100_80gb", "A100": "a100_80gb", "L40S": "l40s", "L4": "l4",
+        "RTX 4090": "rtx_4090", "RTX 3090": "rtx_3090",
+    }
+)  # fmt: skip
+"""What stands in a driver's name of a device -> kind; longer names first."""
+
+
+def kind_by_name(device_name: str) -> DeviceKind | None:
+    """The kind of a GPU, given the driver's name of it; None for one that is not known."""
+    words = device_name.replace("-", " ")
+    for part, name in _NAMES.items():
+        if f" {part} " in f" {words} ":
+            return DEVICE_KINDS[name]
+    return None

@@ -38,6 +38,7 @@ from wrinklefree.training.callbacks import (
     ProgressLine,
     QuantizationTelemetry,
     RunInfo,
+    Utilization,
 )
 from wrinklefree.training.compiling import choose_compile, compile_model
 from wrinklefree.training.config import (
@@ -54,6 +55,7 @@ from wrinklefree.training.device import (
     choose_compute,
     count_parameters,
     estimated_seconds,
+    peak_flops_per_second,
     reference_gpu_hours,
     refuse_endless_cpu_run,
     training_flops,
@@ -409,6 +411,13 @@ def _train(
         )  # fmt: skip
         mixture.append(MixtureMetrics(optimizer))
     validation = make_validation(config, model, tokenizer, compute)
+    shown: list[Callback] = []
+    peak = peak_flops_per_second(compute, measure=training.logging.measure_peak)
+    if peak is not None:
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        flops = training_flops(parameters, 1, with_teacher=teacher is not None)
+        shown.append(Utilization(flops, peak * distributed.world_size()))
+        logger.info("peak: %.4g TFLOP/s a device; MFU is the share of it", peak / 1e12)
     trainer = Trainer(
         model=model,
         objective=plan.stage.objective(config, model.architecture, teacher_architecture),
@@ -434,6 +443,7 @@ def _train(
         callbacks=[
             DataWait(stream),
             *mixture,
+            *shown,
             *make_callbacks(plan, model),
             *make_samples(config, model, tokenizer, compute, validation),
             *callbacks,
