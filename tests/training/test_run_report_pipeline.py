@@ -32,8 +32,9 @@ def ran(plan: PipelinePlan, step: str, losses: list[float | None], **record: Any
     lines: list[dict[str, Any]] = [
         {"event": "step", "step": at, "loss": loss} for at, loss in enumerate(losses, start=1)
     ]
-    scores = {"bits_per_byte": 2.0, "perplexity": 9.0}
-    lines.append({"event": "evaluation", "step": len(losses), "evaluation": scores})
+    for at, bits in ((1, 2.0), (len(losses), 1.75)):
+        scores = {"bits_per_byte": bits, "perplexity": 9.0, "broken": None}
+        lines.append({"event": "evaluation", "step": at, "evaluation": scores})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "metadata.json").write_text(json.dumps({"status": "completed"} | record))
 
@@ -49,7 +50,9 @@ def report_of(config: Any, plans: list[PipelinePlan]) -> Report:
     arms = (arm("full precision", 1.0, 0.9), arm("control", 1.0, 0.9), arm("naive ternary", 3.0, 0.1),
             arm("BitNet-SFT", 2.0, 0.5), arm("BitDistill", 1.25, 0.8))  # fmt: skip
     outcomes = [Outcome(plan.seed, arms, (("BitDistill", HOSTILE, f"{HOSTILE} & more"),)) for plan in plans]
-    return Report(config, outcomes, {"stage2": 61.0}, 3661.0, {"final": Path("out/checkpoint-final")})
+    return Report(
+        config, outcomes, {"stage2": 3600.0, "evaluation": 61.0}, 3661.0, {"final": Path("out/checkpoint-final")}
+    )
 
 
 def test_a_finished_job_shows_its_table_closure_curves_and_samples(
@@ -69,13 +72,15 @@ def test_a_finished_job_shows_its_table_closure_curves_and_samples(
         "tiny: from full precision to ternary completed",
         "seed 1, 2; 2 of 16 steps done",
         "no engine",
-        "ternary model out/checkpoint-final this command took 1:01:01 stage2 took 1:01",
+        "bits per byte 1.2500 (full precision 1.0000) recall accuracy 80.0% (full precision 90.0%)",
+        "linear layers 1.50 MB (full precision 1.50) this command took 1:01:01 of it evaluation 1:01",
+        "ternary model: out/checkpoint-final",
         "BitDistill what BitDistill is 123,456 1.2500",
         "80.0%",
         "gap closure on bits per byte, BitNet-SFT to control: 75%",
         "stage2: loss seed 1 3 seed 2 4",
-        "stage2: validation bits_per_byte seed 1 2 seed 2 2",
-        "1 stage2 stage2 completed 4,096 1:01 stage1",
+        "stage2: validation bits_per_byte seed 1 1.75 seed 2 1.75",
+        "1 stage2 stage2 completed 4,096 1:01 bits_per_byte 1.75 stage1",
         "2 stage3 stage3 not begun stage2, taught by fp_sft",
         "torch 9.9",
         "data of stage3",

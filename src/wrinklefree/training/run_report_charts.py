@@ -57,7 +57,8 @@ def line_chart(
         y = down(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    x_ticks = nice_ticks(*x_range, 6)
+    # There is no step 1.5.
+    x_ticks = [value for value in nice_ticks(*x_range, 6) if value == round(value)]
     for value, text in zip(x_ticks, tick_labels(x_ticks), strict=True):
         parts.append(f'<text class="tick" x="{across(value):.1f}" y="{HEIGHT - 8}" text-anchor="middle">{text}</text>')
     for number, curve in enumerate(panel.curves):

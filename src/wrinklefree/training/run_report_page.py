@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+SHORT = 28
+"""Characters of a table's cell that is not broken into lines."""
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --raised: #f5f6f8; --text: #1b1f24; --faint: #646d78; --line: #d9dde2;
   --accent: #2563a8; --good: #1a7f4b; --bad: #b3261e; --warn: #95600a;
@@ -40,6 +42,7 @@ svg text.name { fill: var(--text); font-size: 12px; } .grid { stroke: var(--line
 .key i { display: inline-block; width: 14px; height: 3px; margin: 0 4px 3px 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.short { white-space: nowrap; } td { overflow-wrap: anywhere; min-width: 2em; }
 th { color: var(--faint); font-weight: 500; } blockquote { margin: 8px 0; padding: 8px 14px; background: var(--raised);
   border-left: 3px solid var(--line); border-radius: 0 6px 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: var(--raised); padding: 12px; border-radius: 6px; overflow-x: auto; font-size: .82rem; margin: 8px 0; }
@@ -89,8 +92,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{body}\n</table></div>'
+
+
+def _cell(text: str) -> str:
+    """Figures and names stay on one line, sentences and paths need not."""
+    kind = ' class="short"' if len(text) <= SHORT else ""
+    return f"<td{kind}>{escape(text)}</td>"
 
 
 def paragraphs(lines: Sequence[str]) -> str:

@@ -35,6 +35,9 @@ from wrinklefree.utils.storage import atomic_write
 
 logger = logging.getLogger(__name__)
 
+NOTE = "Intervals are 95%. Ternary sizes count 2 bits a block weight and 16 bits elsewhere."
+_PARTS = ("evaluation", "export")
+
 
 @contextmanager
 def page_if_it_stops(folder: Path, tree: Mapping[str, Any], plans: Sequence[PipelinePlan]) -> Iterator[None]:
@@ -119,33 +122,35 @@ def render_pipeline_page(
 
 
 def step_charts(plans: Sequence[PipelinePlan]) -> list[str]:
-    """For each step its loss, and its validation scores; a curve a seed."""
+    """For each step its loss, and those validation scores that make a curve; a curve a seed."""
     figures: list[str] = []
     for name in plans[0].steps:
-        runs = [
-            (f"seed {plan.seed}", read_metrics(plan.steps[name].run_folder / METRICS_FILE))
-            for plan in plans
-            if name in plan.steps
-        ]
         losses: list[Curve] = []
         scores: dict[str, list[Curve]] = {}
-        for seed, lines in runs:
-            steps = [line for line in lines if line["event"] == "step"]
-            if steps:
-                values = [number_or_nan(line["loss"]) for line in steps]
-                losses.append(Curve(seed, [line["step"] for line in steps], values))
+        for plan in plans:
+            lines = read_metrics(plan.steps[name].run_folder / METRICS_FILE)
+            seed = f"seed {plan.seed}"
+            losses.append(_curve(seed, [(line["step"], line["loss"]) for line in lines if line["event"] == "step"]))
             validations = [line for line in lines if line["event"] == "evaluation"]
             for score in dict.fromkeys(score for line in validations for score in line["evaluation"]):
                 seen = [line for line in validations if score in line["evaluation"]]
-                values = [number_or_nan(line["evaluation"][score]) for line in seen]
-                scores.setdefault(score, []).append(Curve(seed, [line["step"] for line in seen], values))
+                curve = _curve(seed, [(line["step"], line["evaluation"][score]) for line in seen])
+                scores.setdefault(score, []).append(curve)
         # Perplexity says what bits per byte say.
         hidden = LOWER_IS_BETTER[1] if LOWER_IS_BETTER[0] in scores else None
-        figures.append(line_chart(Panel(f"{name}: loss", losses), smooth=True))
-        for score, curves in scores.items():
-            if score != hidden:
-                figures.append(line_chart(Panel(f"{name}: validation {score}", curves, markers=True)))
+        longest = max((curve.x[-1] for curve in losses if curve.x), default=1.0)
+        panels = [Panel(f"{name}: loss", losses)]
+        panels += [
+            Panel(f"{name}: validation {score}", curves, markers=True)
+            for score, curves in scores.items()
+            if score != hidden and any(len(curve.x) > 1 for curve in curves)
+        ]
+        figures += [line_chart(panel, x_range=(1.0, longest), smooth=not panel.markers) for panel in panels]
     return figures
+
+
+def _curve(name: str, points: Sequence[tuple[int, float | None]]) -> Curve:
+    return Curve(name, [float(step) for step, _ in points], [number_or_nan(value) for _, value in points])
 
 
 def _results(report: Report) -> list[str]:
@@ -167,9 +172,7 @@ def _results(report: Report) -> list[str]:
         section(
             "Results",
             _arms_table(rows, f"{task.task} {task.metric}"),
-            paragraphs(
-                [*render_closure(rows).splitlines(), "Intervals are 95%. Ternary sizes count 2 bits a block weight."]
-            ),
+            paragraphs([*render_closure(rows).splitlines(), NOTE, f"ternary model: {report.paths['final']}"]),
             charts(bars),
         )
     ]
@@ -204,13 +207,20 @@ Step = tuple[int, str, StagePlan, dict[str, Any]]
 
 
 def _facts(report: Report | None, steps: Sequence[Step]) -> dict[str, str]:
+    """The last arm, which is what the job is for, against the first; or how long it has worked."""
     if report is None:
         spent = sum(float(record.get("seconds", 0.0)) for *_, record in steps)
         return {"working time of the steps": format_duration(spent)}
-    found = {"ternary model": str(report.paths["final"]), "this command took": format_duration(report.total_seconds)}
-    if report.export is not None:
-        found["GGUF file"] = str(report.export.conversion.path)
-    return found | {f"{name} took": format_duration(seconds) for name, seconds in report.seconds.items()}
+    rows = summarize(report.outcomes)
+    first, last = rows[0], rows[-1]
+    task = report.outcomes[0].arms[-1].task
+    return {
+        "bits per byte": f"{last.bits_per_byte:.4f} ({first.name} {first.bits_per_byte:.4f})",
+        f"{task.task} {task.metric}": f"{last.task_value:.1%} ({first.name} {first.task_value:.1%})",
+        "linear layers": f"{last.size.linear / 1e6:.2f} MB ({first.name} {first.size.linear / 1e6:.2f})",
+        "this command took": format_duration(report.total_seconds),
+        **{f"of it {part}": format_duration(report.seconds[part]) for part in _PARTS if part in report.seconds},
+    }
 
 
 def _steps_table(steps: Sequence[Step]) -> str:
@@ -222,13 +232,32 @@ def _steps_table(steps: Sequence[Step]) -> str:
             str(record.get("status", "not begun")),
             f"{record['tokens']:,}" if "tokens" in record else "",
             format_duration(record["seconds"]) if "seconds" in record else "",
+            ", ".join(f"{score} {value:.4g}" for score, value in _last_validation(plan).items()),
             plan.source.stage + (f", taught by {plan.teacher.stage}" if plan.teacher is not None else ""),
             plan.fingerprint.value[:16],
             str(plan.run_folder),
         ]
         for seed, name, plan, record in steps
     ]
-    return table(["seed", "step", "stage", "status", "tokens", "time", "made from", "fingerprint", "folder"], body)
+    head = [
+        "seed",
+        "step",
+        "stage",
+        "status",
+        "tokens",
+        "time",
+        "last validation",
+        "made from",
+        "fingerprint",
+        "folder",
+    ]
+    return table(head, body)
+
+
+def _last_validation(plan: StagePlan) -> Mapping[str, float]:
+    lines = read_metrics(plan.run_folder / METRICS_FILE)
+    scores = next((line["evaluation"] for line in reversed(lines) if line["event"] == "evaluation"), {})
+    return {score: value for score, value in scores.items() if value is not None and score != LOWER_IS_BETTER[1]}
 
 
 def _lineage(plans: Sequence[PipelinePlan]) -> dict[str, str]:
