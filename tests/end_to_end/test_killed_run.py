@@ -143,8 +143,11 @@ def test_terminated_run_saves_and_resumes(corpus: Path, undisturbed: str, tmp_pa
     code = end_after_new_checkpoint(corpus, tmp_path, signal.SIGTERM, delay=0.0)
     assert code == 128 + signal.SIGTERM
     assert saved_steps(tmp_path)
+    [page] = tmp_path.rglob("report.html")
+    assert "the same command resumes it" in page.read_text(encoding="utf-8")
     finish(corpus, tmp_path)
     assert weights(tmp_path) == undisturbed
+    assert "the same command resumes it" not in page.read_text(encoding="utf-8")
 
 
 def test_damaged_newest_checkpoint_is_passed_over(corpus: Path, undisturbed: str, tmp_path: Path) -> None:

@@ -177,6 +177,15 @@ def test_findings_name_what_needs_a_hand() -> None:
     assert findings([step(1)], [evaluation(1, perplexity=10.0), evaluation(2, perplexity=10.05)], {}) == []
 
 
+def test_figures_that_callbacks_add_have_charts_and_constant_zeros_have_none(tmp_path: Path) -> None:
+    added = {"mfu": 0.25, "mixture/web": 0.5, "padding_share": 0.0, "data_wait_share": 0.0}
+    make_run(tmp_path, [step(number, metrics=added) for number in (1, 2)])
+    text = Page(render_run_page(tmp_path, lineage())).text
+    assert "model FLOP utilization , last 0.25" in text
+    assert "mixture/web , last 0.5" in text
+    assert "padding, share" not in text
+
+
 def test_losses_that_were_not_finite_are_left_out_of_the_summary() -> None:
     found = summary([step(1, loss=None), step(2), step(3, loss=None)], [evaluation(3, bits_per_byte=None)], {})
     assert found["loss, first to last"] == "4.8 to 4.8"

@@ -155,7 +155,9 @@ def test_the_moving_average_of_a_line_is_the_line_and_of_noise_its_mean():
 
 def test_smoothing_draws_both_curves_of_a_long_one_only():
     long = Curve("loss", range(100), [float(value % 7) for value in range(100)])
-    assert line_chart(Panel("loss", [long]), smooth=True).count("<path") == 2
+    smoothed = line_chart(Panel("loss", [long]), smooth=True)
+    assert smoothed.count("<path") == 2
+    assert smoothed.endswith("; thick: mean of the steps around</figcaption></figure>")
     assert line_chart(Panel("loss", [long])).count("<path") == 1
     short = Curve("loss", range(20), [1.0] * 20)
     assert line_chart(Panel("loss", [short]), smooth=True).count("<path") == 1

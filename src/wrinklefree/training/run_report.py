@@ -16,6 +16,7 @@ from typing import Any
 from wrinklefree.training.callbacks import (
     DATA_WAIT,
     METRICS_FILE,
+    MFU,
     VISIBLE_WAIT,
     Callback,
     RunInfo,
@@ -64,6 +65,7 @@ _TELEMETRY = (
     ("quantization/zeros", "codes that are zero"),
     ("quantization/near_threshold", "weights near a threshold"),
     ("quantization/scale", "mean scale"),
+    (MFU, "model FLOP utilization"),
     (DATA_WAIT, "waited for data, share of the step"),
     ("padding_share", "padding, share of all positions"),
 )

@@ -70,7 +70,8 @@ def line_chart(
             mean = list(_reduced(moving_average(curve), panel.log, *x_range))
             parts.append(_line(mean, colour, across, down, markers=False))
     parts.append("</svg>")
-    return f"<figure>{''.join(parts)}<figcaption>{_caption(panel)}</figcaption></figure>"
+    mean = "; thick: mean of the steps around" if any('raw"' in part for part in parts) else ""
+    return f"<figure>{''.join(parts)}<figcaption>{_caption(panel)}{mean}</figcaption></figure>"
 
 
 def bar_chart(bars: Sequence[Bar], *, y_label: str, digits: int = 3) -> str:

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import secrets
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -213,7 +214,8 @@ class Trackio:
                 auto_log_cpu=False,
                 auto_log_gpu=False,
             )
-        logger.info("tracking: trackio show --project %s", config.project)
+        where = "" if config.folder is None else f"TRACKIO_DIR={shlex.quote(str(Path(config.folder).resolve()))} "
+        logger.info("tracking: %strackio show --project %s", where, config.project)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Queue the step; trackio writes it in a thread of its own."""
