@@ -104,7 +104,7 @@ def test_a_finished_run_in_full(tmp_path: Path) -> None:
         "init stage1 cdcdcdcdcdcdcdcd runs/1/artifact",
         "base model tiny from package tiny",
         "seed 7 git commit 3434343434343434 host box",
-        "torch 9.9",
+        "versions torch 9.9",
         "lr: 0.001",
     ):
         assert words in page.text, words

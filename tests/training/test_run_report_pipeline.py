@@ -83,7 +83,7 @@ def test_a_finished_job_shows_its_table_closure_curves_and_samples(
         "1 stage2 stage2 completed 4,096 1:01 bits_per_byte 1.75 stage1",
         "2 stage3 stage3 not begun stage2, taught by fp_sft",
         "torch 9.9",
-        "data of stage3",
+        "recall (stage3)",
     ):
         assert words in plain, words
     assert "<script" not in text

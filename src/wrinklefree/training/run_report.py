@@ -30,6 +30,7 @@ from wrinklefree.training.run_report_charts import line_chart, short_number
 from wrinklefree.training.run_report_page import (
     charts,
     configuration,
+    entries,
     facts,
     heading,
     notes,
@@ -37,6 +38,7 @@ from wrinklefree.training.run_report_page import (
     samples,
     section,
     table,
+    version_list,
 )
 from wrinklefree.training.run_report_samples import read_samples
 from wrinklefree.utils.audit_logger import scrub
@@ -259,7 +261,7 @@ def _lineage(folder: Path, record: Mapping[str, Any], lineage: Mapping[str, Any]
     """What it was made from, and on what."""
     base = lineage["base"]
     commit = str(lineage["git_commit"])[:16] if lineage["git_commit"] else "not a git checkout"
-    entries = {
+    found = {
         "fingerprint": str(lineage["fingerprint"]),
         "base model": f"{base['name']} from {base['source']} {base['from'] or ''}".strip(),
         "data": f"{_data(lineage)}, {str(lineage['data']['fingerprint'])[:16]}",
@@ -269,13 +271,13 @@ def _lineage(folder: Path, record: Mapping[str, Any], lineage: Mapping[str, Any]
         "started": str(record.get("created_at", "unknown")),
         "last written": str(record.get("updated_at", "unknown")),
         "folder": str(folder),
+        "versions": version_list(record.get("versions", lineage["versions"])),
     }
     parents = table(
         ["made from", "stage", "fingerprint", "path"],
         [[p["role"], p["stage"], str(p["fingerprint"])[:16], str(p["path"])] for p in lineage["parents"]],
     )
-    versions = record.get("versions", lineage["versions"])
-    return [facts(entries), parents, table(["package", "version"], [[n, str(v)] for n, v in sorted(versions.items())])]
+    return [entries(found), parents]
 
 
 def read_record(folder: Path) -> dict[str, Any]:

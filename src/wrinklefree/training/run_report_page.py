@@ -96,6 +96,17 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{body}\n</table></div>'
 
 
+def entries(found: Mapping[str, str]) -> str:
+    """Names and values that may be long, one below the other."""
+    rows = "\n".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in found.items())
+    return f'<div class="scroll"><table>\n{rows}\n</table></div>' if rows else ""
+
+
+def version_list(versions: Mapping[str, object]) -> str:
+    """Packages with their versions, as words."""
+    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))
+
+
 def _cell(text: str) -> str:
     """Figures and names stay on one line, sentences and paths need not."""
     kind = ' class="short"' if len(text) <= SHORT else ""

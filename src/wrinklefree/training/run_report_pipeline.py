@@ -20,6 +20,7 @@ from wrinklefree.training.run_report_charts import bar_chart, line_chart
 from wrinklefree.training.run_report_page import (
     charts,
     configuration,
+    entries,
     facts,
     heading,
     notes,
@@ -28,6 +29,7 @@ from wrinklefree.training.run_report_page import (
     samples,
     section,
     table,
+    version_list,
 )
 from wrinklefree.training.trainer import Interrupted
 from wrinklefree.utils.audit_logger import scrub
@@ -115,7 +117,7 @@ def render_pipeline_page(
             *([] if report is None else _results(report)),
             section("Curves of the steps", charts(step_charts(plans))),
             section("Steps", _steps_table(steps)),
-            section("Lineage", facts(_lineage(plans)), _versions([record for *_, record in steps])),
+            section("Lineage", entries(_lineage(plans, steps))),
             section("Configuration", configuration(tree)),
         ],
     )
@@ -260,19 +262,16 @@ def _last_validation(plan: StagePlan) -> Mapping[str, float]:
     return {score: value for score, value in scores.items() if value is not None and score != LOWER_IS_BETTER[1]}
 
 
-def _lineage(plans: Sequence[PipelinePlan]) -> dict[str, str]:
+def _lineage(plans: Sequence[PipelinePlan], steps: Sequence[Step]) -> dict[str, str]:
     step = next(iter(plans[0].steps.values()))
     model, identity = step.config.model, step.fingerprint
     where = {"hub": model.pretrained, "package": model.package, "path": model.path}[model.source]
+    versions = next((record["versions"] for *_, record in reversed(steps) if "versions" in record), {})
     commit = identity.git_commit[:16] if identity.git_commit else "not a git checkout"
     return {
         "base model": f"{model.name} from {model.source} {where or ''}".strip(),
         "base fingerprint": step.base.fingerprint,
         "git commit": commit + (" with uncommitted changes" if identity.git_dirty else ""),
-        **{f"data of {name}": plan.task for name, plan in plans[0].steps.items()},
+        "data": ", ".join(f"{plan.task} ({name})" for name, plan in plans[0].steps.items()),
+        "versions": version_list(versions),
     }
-
-
-def _versions(records: Sequence[Mapping[str, Any]]) -> str:
-    versions = next((record["versions"] for record in reversed(records) if "versions" in record), {})
-    return table(["package", "version"], [[name, str(version)] for name, version in sorted(versions.items())])
