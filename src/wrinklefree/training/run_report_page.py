@@ -42,7 +42,7 @@ svg text.name { fill: var(--text); font-size: 12px; } .grid { stroke: var(--line
 .key i { display: inline-block; width: 14px; height: 3px; margin: 0 4px 3px 0; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 4px 14px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.short { white-space: nowrap; } td { overflow-wrap: anywhere; min-width: 2em; }
+td.short { white-space: nowrap; } td:not(.short) { min-width: 13em; overflow-wrap: anywhere; }
 th { color: var(--faint); font-weight: 500; } blockquote { margin: 8px 0; padding: 8px 14px; background: var(--raised);
   border-left: 3px solid var(--line); border-radius: 0 6px 6px 0; white-space: pre-wrap; overflow-wrap: anywhere; }
 pre { background: var(--raised); padding: 12px; border-radius: 6px; overflow-x: auto; font-size: .82rem; margin: 8px 0; }
