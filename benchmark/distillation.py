@@ -176,6 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="add ours with training.compile to the second table")
     parser.add_argument("--only", choices=("parts", "whole"))
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
@@ -214,13 +215,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             ),
             "WrinkleFree": with_update(ours.student, ours.step),
         }
+        models = dict(zip(steps, (other.student, ours.student), strict=True))
+        if arguments.compiled:
+            compiled = Distillation(architecture, batch)
+            compiled.student.compile_blocks(1, arguments.tokens, gradients=True)
+            teacher = compiled.teacher.model
+            assert isinstance(teacher, CausalLM)
+            teacher.compile_blocks(1, arguments.tokens, gradients=False)
+            steps["WrinkleFree, training.compile"] = with_update(compiled.student, compiled.step)
+            models["WrinkleFree, training.compile"] = compiled.student
         times = interleaved(steps, arguments.rounds)
-        for model in (other.student, ours.student):
+        for model in models.values():
             model.zero_grad(set_to_none=True)
         peaks: dict[str, int] = {}
-        for (name, step), model in zip(steps.items(), (other.student, ours.student), strict=True):
+        for name, step in steps.items():
             peaks[name] = allocated_peak(step)
-            model.zero_grad(set_to_none=True)
+            models[name].zero_grad(set_to_none=True)
         base = next(iter(steps))
         out("| stage-3 step with update | CPU s | speed | wall s | tokens/s | speed | peak MiB | ratio |\n")
         out("|---|---|---|---|---|---|---|---|\n")

@@ -37,7 +37,7 @@ def smollm2_shape(layers: int, *, hidden: int = 576, vocabulary: int = 49152) ->
         intermediate_size=hidden * 8 // 3,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 192),
+        num_key_value_heads=next(groups for groups in (3, 4, 2, 1) if (hidden // 64) % groups == 0),
         head_dim=64,
         max_position_embeddings=8192,
         tie_word_embeddings=True,
