@@ -281,7 +281,7 @@ def _write_page(plan: StagePlan, opened: _Opened | None) -> None:
     if opened is not None:
         page = write_run_page(plan.run_folder, lineage_record(plan, tokens=0, resolved={}))
         if page is not None:
-            logger.info("%s: curves, samples and lineage in %s", plan.stage.title, page)
+            logger.info("%s: its page is %s", plan.stage.title, page)
 
 
 def _seconds_so_far(opened: _Opened | None) -> float:
