@@ -1,6 +1,7 @@
 """The doctor: what it says of a machine that lacks something, and that it never breaks off with a traceback."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,10 +78,25 @@ def test_what_a_check_raises_or_prints_becomes_one_line(capsys: pytest.CaptureFi
 
     found = guarded("devices", broken, HERE)
     assert found[0] == FINE
-    assert (found[1].level, found[1].section) == ("warning", "devices")
+    assert (found[1].level, found[1].section, found[1].needed) == ("missing", "devices", True)
     assert found[1].text == "broke off: ImportError: libcudart.so.13: cannot open shared object file"
     assert "uv sync" in found[1].fix
+    [_, line] = guarded("assets", broken, HERE)
+    assert (line.level, line.needed) == ("warning", False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_torch_that_does_not_import_is_said_in_lines() -> None:
+    """In a process of its own: here torch is imported already."""
+    start = "from wrinklefree.cli import main; sys.exit(main(['doctor', '--offline']))"
+    program = f"import sys; sys.modules['torch'] = None; {start}"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == ""
+    assert "ok       torch " in done.stdout  # its package is there
+    assert "missing  check of devices" in done.stdout
+    assert "import of torch halted" in done.stdout
+    assert "Training does not work here yet: it needs check of devices, check of optimizers." in done.stdout
 
 
 @pytest.mark.parametrize("works_here", [True, False])
@@ -109,7 +125,7 @@ def test_this_machine_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor_services, "_native", lambda: FINE)  # may compile nothing, but may load for long
     monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
     checks = doctor.run_checks(HERE)
-    assert [check for check in checks if check.name == "check"] == []
+    assert [check for check in checks if check.name.startswith("check of ")] == []
     assert works(checks)
     sections = list(dict.fromkeys(check.section for check in checks))
     assert sections[:4] == ["versions", "devices", "attention", "optimizers"]

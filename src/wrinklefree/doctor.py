@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 Level = Literal["ok", "warning", "missing"]
+NEEDED_SECTIONS = ("devices", "optimizers")
+"""Where these checks break off, so does training: torch is installed and does not import, say."""
 NEEDED_EXIT_CODE = 2
 """Something that training needs is missing."""
 
@@ -80,7 +82,9 @@ def guarded(section: str, checker: Checker, request: Request) -> list[Check]:
                 found.append(check)  # noqa: PERF402 (those before an exception are kept)
         except Exception as error:  # noqa: BLE001 (a broken installation raises anything)
             fix = "repair what it names, or report this line" + _reinstall(error)
-            found.append(Check(section, "check", "warning", f"broke off: {one_line(error)}", fix))
+            needed = section in NEEDED_SECTIONS
+            level: Level = "missing" if needed else "warning"
+            found.append(Check(section, f"check of {section}", level, f"broke off: {one_line(error)}", fix, needed))
     return found
 
 
