@@ -85,3 +85,24 @@ def test_a_recipe_plans(experiment: str, tmp_path: Path, caplog: pytest.LogCaptu
     assert train_main([f"experiment={experiment}", "dry_run=true", f"output_dir={tmp_path}"]) == 0
     assert "-- step stage3" in caplog.text
     assert "-- step stage1_9" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("experiment", "command"),
+    [
+        ("smollm2_stage2", "model=smollm2_135m training=stage2_pretrain data=fineweb distributed=single_gpu"),
+        (
+            "smollm2_stage3",
+            "model=smollm2_135m training=stage3_distill_smollm2 data=downstream distillation=classification "
+            "distributed=single_gpu",
+        ),
+        ("qwen3_4b_stage2", "model=qwen3_4b training=stage2_pretrain data=fineweb distributed=fsdp_multi"),
+        (
+            "qwen3_4b_stage3",
+            "model=qwen3_4b training=stage3_distill data=downstream distillation=classification distributed=fsdp_multi",
+        ),
+        ("llama_7b_stage3", "model=llama_7b training=stage3_distill distributed=fsdp_large"),
+    ],
+)
+def test_an_experiment_is_the_readmes_command(experiment: str, command: str) -> None:
+    assert compose([f"experiment={experiment}"]).config == compose(command.split()).config
