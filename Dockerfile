@@ -1,5 +1,5 @@
 # CPU and GPU alike: the CUDA libraries come with torch. Build: docker build -t wrinklefree .
-# Run: docker run --rm -v "$PWD/outputs:/work/outputs" wrinklefree [--gpus all ... ] scripts/train.py
+# Run: docker run --rm -v "$PWD/outputs:/app/outputs" wrinklefree [--gpus all ... ] scripts/train.py
 FROM python:3.11-slim
 
 RUN apt-get update \
@@ -7,7 +7,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && pip install --no-cache-dir uv
 
-WORKDIR /work
+WORKDIR /app
 COPY pyproject.toml uv.lock hatch_build.py README.md LICENSE ./
 COPY extern/cheapertraining extern/cheapertraining
 COPY src src

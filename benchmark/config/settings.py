@@ -84,6 +84,20 @@ class Knob(Config):
         return self.values is None or not isinstance(self.values[0], str | bool)
 
 
+class SlurmConfig(Config):
+    """`benchmark.slurm`: what each trial's job asks for."""
+
+    partition: str | None = None
+    account: str | None = None
+    constraint: str | None = None
+    """Nodes of one kind: figures of different devices do not compare."""
+    gpus: int = Field(default=1, ge=0)
+    cpus: int = Field(default=8, ge=1)
+    memory_gb: int | None = Field(default=None, ge=1)
+    exclusive: bool = False
+    """A node for each trial, so that neighbours do not disturb its times."""
+
+
 class BenchmarkConfig(Config):
     """The keys of `benchmark.yaml`."""
 
@@ -120,9 +134,23 @@ class BenchmarkConfig(Config):
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of a trial; null: torch's choice."""
     seed: int = Field(default=42, ge=0)
+    launcher: Literal["local", "slurm"] = "local"
+    """local: trials one after the other on this machine. slurm: jobs of a cluster, through submitit."""
+    parallel: int = Field(default=1, ge=1)
+    """slurm: trials at once. The search learns from them in batches."""
+    slurm: SlurmConfig = SlurmConfig()
     keep_runs: bool = False
     """Keep each trial's run folder (metrics, checkpoint, artifact) below `work/`."""
     output_dir: str = "benchmark_results"
+
+    @model_validator(mode="after")
+    def _one_at_a_time_here(self) -> "BenchmarkConfig":
+        if self.launcher == "local" and self.parallel > 1:
+            raise ValueError(
+                f"parallel={self.parallel}: trials on one machine would disturb each other's times; "
+                "benchmark.launcher=slurm spreads them over a cluster"
+            )
+        return self
 
     @field_validator("optimizers")
     @classmethod
@@ -200,7 +228,15 @@ def change_settings(settings: Settings, arguments: Sequence[str]) -> Settings:
         ConfigError: a key that would make earlier and later trials incomparable.
     """
     changed = _decode(OmegaConf.create(settings.model_dump(mode="json", exclude={"overrides"})), arguments, settings)
-    may_change = {"num_trials", "confirmations", "trial_timeout", "max_failures_in_a_row", "keep_runs", "output_dir"}
+    may_change = {
+        "parallel",
+        "num_trials",
+        "confirmations",
+        "trial_timeout",
+        "max_failures_in_a_row",
+        "keep_runs",
+        "output_dir",
+    }
     before, after = settings.benchmark.model_dump(), changed.benchmark.model_dump()
     refused = [f"benchmark.{key}" for key in before if before[key] != after[key] and key not in may_change]
     if settings.search_space != changed.search_space:

@@ -38,14 +38,24 @@ class AxSearch:
             for name in [name for name in logging.root.manager.loggerDict if name.partition(".")[0] == "ax"]:
                 logging.getLogger(name).setLevel(logging.ERROR)  # each of them has a level and a handler of its own
             self._client = self._new(Client, settings) if snapshot is None else self._restored(Client, snapshot)
+            self._forget_lost_trials()
 
-    def propose(self) -> tuple[int, dict[str, Any], str]:
-        """(index, parameters, who chose them) of the next trial."""
+    def propose(self, most: int = 1) -> list[tuple[int, dict[str, Any], str]]:
+        """(index, parameters, who chose them) of the next trials: `most` of them, or fewer while Ax waits for data."""
+        found: list[tuple[int, dict[str, Any], str]] = []
         with _quiet():
-            [(index, parameters)] = self._client.get_next_trials(max_trials=1).items()
-            rows = self._client.summarize([index])
-        method = str(rows["generation_node"].iloc[0]) if "generation_node" in rows else "Ax"
-        return index, dict(parameters), method
+            for index, parameters in self._client.get_next_trials(max_trials=most).items():
+                rows = self._client.summarize([index])
+                method = str(rows["generation_node"].iloc[0]) if "generation_node" in rows else "Ax"
+                found.append((index, dict(parameters), method))
+        return found
+
+    def _forget_lost_trials(self) -> None:
+        """Trials that were in flight when a benchmark was killed: nobody will ever answer them."""
+        rows = self._client.summarize(trial_statuses=["running"])
+        if "trial_index" in rows:
+            for index in rows["trial_index"].tolist():
+                self._client.mark_trial_abandoned(int(index))
 
     def tell(self, index: int, metrics: BenchmarkMetrics | None) -> None:
         """The outcome of a trial; None: it failed. Ax learns nothing from a failure, and does not propose it again."""

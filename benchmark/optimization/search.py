@@ -9,14 +9,15 @@ every trial the state is saved; a killed benchmark loses the trial in flight.
 import logging
 import math
 import shutil
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from benchmark.analysis.figures import best_record
 from benchmark.config.settings import Settings
 from benchmark.core.job import Job, effective, make_job, write_synthetic_text
+from benchmark.core.launchers import Run, make_launcher
 from benchmark.core.metrics import TrialKind, TrialRecord
-from benchmark.core.runner import LOG, Outcome, TrialError, run_preparation, run_trial
+from benchmark.core.runner import LOG, TrialError, run_preparation
 from benchmark.optimization.ax_search import AxSearch
 from benchmark.optimization.experiment import Experiment
 from wrinklefree.composition import compose
@@ -25,7 +26,6 @@ from wrinklefree.training.config import MIXING_STAGES
 
 logger = logging.getLogger(__name__)
 
-Run = Callable[[Job, Path, float], Outcome]
 STAGE_1 = "stage1_subln"
 FROM_STAGE_1 = ("stage2", "stage1_9", "stage3")
 
@@ -33,11 +33,16 @@ FROM_STAGE_1 = ("stage2", "stage1_9", "stage3")
 class Search:
     """Runs what is missing of an experiment."""
 
-    def __init__(self, experiment: Experiment, folder: Path, *, run: Run = run_trial) -> None:
-        """`folder` takes `experiment.json` and `work/`; `run` runs a job."""
+    def __init__(self, experiment: Experiment, folder: Path, *, run: Run | None = None) -> None:
+        """`folder` takes `experiment.json` and `work/`; `run` runs a job, None: the launcher of the settings.
+
+        Raises:
+            ConfigError: that launcher is not to be had here.
+        """
         self.experiment = experiment
         self.folder = folder
-        self._run = run
+        told = experiment.settings.benchmark
+        self._run = make_launcher(told, folder.resolve() / "work" / "slurm") if run is None else run
         self._search: AxSearch | None = None
         self._settings = experiment.settings
         self._source: Path | None = None
@@ -62,7 +67,7 @@ class Search:
             if len(self.experiment.of("default")) < due:
                 self._default("default")
             elif searched < told.num_trials:
-                self._trial()
+                self._trials(min(told.parallel, told.num_trials - searched))
             else:
                 break
         self._confirm()
@@ -85,14 +90,21 @@ class Search:
         logger.info("inserting SubLN once, for all trials")
         self._source = run_preparation(job, self.work / "preparation", told.trial_timeout)
 
-    def _trial(self) -> None:
+    def _trials(self, most: int) -> None:
+        """The next trials, several at once where a cluster runs them; each is stored as it ends."""
         if self._search is None:
             self._search = AxSearch(self.experiment.settings, self.experiment.ax)
-        index, parameters, method = self._search.propose()
-        record = self._measure("search", index, effective(self._settings, parameters), method)
-        self._search.tell(index, record.metrics)
-        self.experiment.ax = self._search.snapshot()
-        self._keep(record)
+        proposals = self._search.propose(most)
+        with ThreadPoolExecutor(max_workers=len(proposals)) as pool:
+            running = [
+                pool.submit(self._measure, "search", index, effective(self._settings, parameters), method)
+                for index, parameters, method in proposals
+            ]
+            for finished in as_completed(running):
+                record = finished.result()
+                self._search.tell(record.index, record.metrics)
+                self.experiment.ax = self._search.snapshot()
+                self._keep(record)
 
     def _default(self, kind: TrialKind) -> None:
         index = len(self.experiment.of(kind))
@@ -111,7 +123,7 @@ class Search:
 
     def _measure(self, kind: TrialKind, index: int, parameters: dict[str, object], method: str) -> TrialRecord:
         told = self._settings.benchmark
-        folder = self.work / "trial"
+        folder = self.work / (f"trial_{kind}_{index}" if told.parallel > 1 else "trial")
         # Repeats differ in their seed, as runs of a user would; all searched trials share one.
         seed = told.seed + (index if kind != "search" else 0)
         runs = self.work / "runs" / f"{kind}_{index}" if told.keep_runs else folder / "run"
@@ -127,7 +139,8 @@ class Search:
         self.experiment.save(self.folder)
         logger.info("%s", describe(record))
         most = self.experiment.settings.benchmark.max_failures_in_a_row
-        log = self.work / "trial" / LOG
+        parallel = self.experiment.settings.benchmark.parallel > 1
+        log = self.work / (f"trial_{record.kind}_{record.index}" if parallel else "trial") / LOG
         if record.failure is not None and log.exists():
             kept = self.work / "failed" / f"{record.kind}_{record.index}.txt"
             kept.parent.mkdir(parents=True, exist_ok=True)

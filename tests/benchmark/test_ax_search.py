@@ -1,10 +1,12 @@
 """The course of a benchmark: order of trials, state after each, resuming, failures, and trials in processes of their own."""
 
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from benchmark.command import run_benchmark
 from benchmark.config.settings import Settings, read_settings
 from benchmark.core import child, runner
 from benchmark.core.job import Job, make_job, write_synthetic_text
+from benchmark.core.launchers import make_launcher, parameters
 from benchmark.core.metrics import BenchmarkMetrics, Failure
 from benchmark.core.runner import Outcome, TrialError, run_trial
+from benchmark.optimization.ax_search import AxSearch
 from benchmark.optimization.experiment import FILE, Experiment, load_experiment
 from benchmark.optimization.search import Search
 from wrinklefree.training.callbacks import StepReport
@@ -90,6 +94,62 @@ def test_a_killed_benchmark_loses_the_trial_in_flight_and_no_other(
     assert stop_after + len(second.calls) == 3 + 6 + 4
     indices = [record.index for record in stored.of("search")]
     assert len(set(indices)) == 6
+
+
+def test_several_trials_at_once_each_stored_as_it_ends(settings: Settings, tmp_path: Path) -> None:
+    changes = {"launcher": "slurm", "parallel": 3}
+    told = settings.model_copy(update={"benchmark": settings.benchmark.model_copy(update=changes)})
+    # Passes only if three run at once, which the first batch does; Ax may propose fewer while it waits for figures.
+    gate = threading.Barrier(3, timeout=60)
+    bench = Bench()
+    begun = itertools.count()
+
+    def together(job: Job, folder: Path, timeout: float) -> Outcome:
+        if folder.name.startswith("trial_search") and next(begun) < 3:
+            gate.wait()
+        return bench(job, folder, timeout)
+
+    experiment = Experiment(told)
+    Search(experiment, tmp_path, run=together).finish()
+    assert sorted(record.index for record in experiment.of("search")) == list(range(6))
+    assert len(load_experiment(tmp_path / FILE).records) == 13
+
+
+def test_trials_in_flight_when_killed_are_forgotten(settings: Settings, tmp_path: Path) -> None:
+    search = AxSearch(settings, None)
+    proposals = search.propose(2)
+    assert len(proposals) == 2
+    again = AxSearch(settings, search.snapshot())
+    [(index, _, _)] = again.propose(1)
+    assert index not in {proposal[0] for proposal in proposals}
+    again.tell(index, Bench()(Job((), 0, None), tmp_path, 1.0).metrics)
+
+
+@pytest.mark.slow
+def test_submitit_runs_a_trial(tmp_path: Path) -> None:
+    told = read_settings(["benchmark.launcher=slurm", "benchmark.slurm.gpus=0", "benchmark.slurm.cpus=1"]).benchmark
+    run = make_launcher(told, tmp_path / "jobs", cluster="local")
+    outcome = run(Job(("no_such_key=1",), 0, 1), tmp_path / "trial", 60)
+    assert outcome.metrics is None
+    assert outcome.failure is not None
+    assert "no_such_key" in outcome.failure.reason
+
+
+def test_what_slurm_is_asked_for_and_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = read_settings(
+        ["benchmark.launcher=slurm", "benchmark.parallel=4", "benchmark.slurm.partition=gpu", "benchmark.slurm.constraint=h100",
+         "benchmark.slurm.exclusive=true", "benchmark.trial_timeout=600"]
+    ).benchmark  # fmt: skip
+    asked = parameters(told)
+    assert asked["slurm_partition"] == "gpu"
+    assert asked["slurm_constraint"] == "h100"
+    assert (asked["gpus_per_node"], asked["timeout_min"], asked["slurm_exclusive"]) == (1, 20, True)
+    assert "mem_gb" not in asked
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"benchmark\.launcher=slurm: .*; run it where sbatch and srun are"):
+        make_launcher(told, tmp_path)
+    with pytest.raises(ConfigError, match="would disturb each other's times"):
+        read_settings(["benchmark.parallel=2"])
 
 
 def test_failures_are_recorded_and_too_many_stop(settings: Settings, tmp_path: Path) -> None:

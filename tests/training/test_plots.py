@@ -17,13 +17,13 @@ from wrinklefree.training.plots import Bar, Curve, Panel, draw_bars, draw_curves
 def figures(monkeypatch) -> list[Figure]:
     """Figures that were saved."""
     seen: list[Figure] = []
-    save = plots._save
+    save = plots.save_figure
 
     def remember(figure, path):
         seen.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", remember)
+    monkeypatch.setattr(plots, "save_figure", remember)
     return seen
 
 
