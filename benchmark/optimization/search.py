@@ -10,6 +10,7 @@ import logging
 import math
 import shutil
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmark.analysis.figures import best_record
@@ -28,6 +29,19 @@ logger = logging.getLogger(__name__)
 
 STAGE_1 = "stage1_subln"
 FROM_STAGE_1 = ("stage2", "stage1_9", "stage3")
+
+
+@dataclass(frozen=True)
+class _Planned:
+    """A trial before it runs."""
+
+    kind: TrialKind
+    index: int
+    parameters: dict[str, object]
+    method: str
+    seed: int
+    job: Job
+    folder: Path
 
 
 class Search:
@@ -94,13 +108,12 @@ class Search:
         """The next trials, several at once where a cluster runs them; each is stored as it ends."""
         if self._search is None:
             self._search = AxSearch(self.experiment.settings, self.experiment.ax)
-        proposals = self._search.propose(most)
-        with ThreadPoolExecutor(max_workers=len(proposals)) as pool:
-            running = [
-                pool.submit(self._measure, "search", index, effective(self._settings, parameters), method)
-                for index, parameters, method in proposals
-            ]
-            for finished in as_completed(running):
+        trials = [
+            self._planned("search", index, effective(self._settings, parameters), method)
+            for index, parameters, method in self._search.propose(most)
+        ]
+        with ThreadPoolExecutor(max_workers=len(trials)) as pool:
+            for finished in as_completed([pool.submit(self._measured, trial) for trial in trials]):
                 record = finished.result()
                 self._search.tell(record.index, record.metrics)
                 self.experiment.ax = self._search.snapshot()
@@ -108,7 +121,7 @@ class Search:
 
     def _default(self, kind: TrialKind) -> None:
         index = len(self.experiment.of(kind))
-        self._keep(self._measure(kind, index, {}, "default"))
+        self._keep(self._measured(self._planned(kind, index, {}, "default")))
 
     def _confirm(self) -> None:
         """The best configuration and the default by turns."""
@@ -119,19 +132,23 @@ class Search:
         while (done := len(self.experiment.of("confirm"))) < wanted:
             is_best = done % 2 == 0
             parameters = best.parameters if is_best else {}
-            self._keep(self._measure("confirm", done, parameters, "best" if is_best else "default"))
+            self._keep(self._measured(self._planned("confirm", done, parameters, "best" if is_best else "default")))
 
-    def _measure(self, kind: TrialKind, index: int, parameters: dict[str, object], method: str) -> TrialRecord:
+    def _planned(self, kind: TrialKind, index: int, parameters: dict[str, object], method: str) -> "_Planned":
+        """What a trial will be; composing is for one thread."""
         told = self._settings.benchmark
         folder = self.work / (f"trial_{kind}_{index}" if told.parallel > 1 else "trial")
         # Repeats differ in their seed, as runs of a user would; all searched trials share one.
         seed = told.seed + (index if kind != "search" else 0)
         runs = self.work / "runs" / f"{kind}_{index}" if told.keep_runs else folder / "run"
         job = make_job(self._settings, parameters, seed=seed, folder=runs, source=self._source)
-        outcome = self._run(job, folder, told.trial_timeout)
+        return _Planned(kind, index, parameters, method, seed, job, folder)
+
+    def _measured(self, trial: "_Planned") -> TrialRecord:
+        outcome = self._run(trial.job, trial.folder, self._settings.benchmark.trial_timeout)
         return TrialRecord(
-            kind=kind, index=index, parameters=parameters, seed=seed, method=method, seconds=outcome.seconds,
-            metrics=outcome.metrics, failure=outcome.failure, overrides=list(job.overrides),
+            kind=trial.kind, index=trial.index, parameters=trial.parameters, seed=trial.seed, method=trial.method,
+            seconds=outcome.seconds, metrics=outcome.metrics, failure=outcome.failure, overrides=list(trial.job.overrides),
         )  # fmt: skip
 
     def _keep(self, record: TrialRecord) -> None:
