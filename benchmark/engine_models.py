@@ -4,7 +4,9 @@ Speed does not depend on the values of weights, so nothing needs to be trained o
 ternary ones that stock builds run: TQ2_0 where rows divide into 256, else hand-packed Q4_0; Q8_0 embedding and head.
 """
 
+import tempfile
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 
 import gguf
@@ -13,9 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from wrinklefree.models.artifact import write_artifact
 from wrinklefree.models.config import Architecture, BitNetSpec
+from wrinklefree.models.llama import CausalLM
 from wrinklefree.quantization.weight_quant import Ternary
+from wrinklefree.serving.converter import ConversionOptions, convert
 from wrinklefree.serving.engine.native.model import HeadType, PackedModel, parameter_shapes
+from wrinklefree.utils.tokenizer import TextTokenizer
 
 SHAPES: dict[str, Architecture] = {
     "135m": Architecture(
@@ -55,6 +61,21 @@ def _random_tensors(architecture: Architecture) -> Iterator[tuple[str, Tensor | 
             yield name, torch.randn(shape, generator=random, dtype=torch.float16)
         else:
             yield name, torch.ones(shape)
+
+
+def write_ours(name: str, path: Path) -> None:
+    """The model as our own converter writes it, out of a checkpoint in bfloat16."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = CausalLM(SHAPES[name], BITNET)
+    finally:
+        torch.set_default_dtype(default)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        tokenizer = TextTokenizer.from_folder(files("wrinklefree") / "assets" / "tiny")  # pyright: ignore[reportArgumentType]
+        write_artifact(Path(folder) / "model", model, tokenizer, {"stage": "stage2", "tokens": 0})
+        del model
+        convert(ConversionOptions(Path(folder) / "model", path, verify=False))
 
 
 def write_stock(name: str, path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Artifacts and GGUF files into the engine's packed form, one tensor at a time: peak memory is the packed model's."""
+"""Artifacts and GGUF files into the engine's packed form, one tensor at a time: peak memory is the packed model's.
+
+A model that takes long to pack is packed once and read from `packed_file`'s cache afterwards.
+"""
 
 from pathlib import Path
 
@@ -7,8 +10,10 @@ from wrinklefree.models.config import BitNetSpec
 from wrinklefree.models.gguf_weights import CONFIG_KEY, config_from_gguf, exported_tensors
 from wrinklefree.models.weights import read_safetensors
 from wrinklefree.serving.engine.native.model import HeadType, PackedModel
+from wrinklefree.serving.engine.native.packed_file import load_or_pack
 from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.gguf import GGUFFile, read_gguf
+from wrinklefree.utils.manifest import MANIFEST
 from wrinklefree.utils.tokenizer import TextTokenizer
 
 
@@ -23,8 +28,12 @@ def load_packed(path: Path, head: HeadType = "int8") -> tuple[PackedModel, TextT
         return _load_gguf(read_gguf(path), head)
     artifact = read_artifact(path)
     bitnet = _ternary(path, artifact.bitnet)
-    tensors = read_safetensors([artifact.folder / WEIGHTS])
-    return PackedModel.from_tensors(artifact.architecture, bitnet, tensors, head), artifact.load_tokenizer()
+    files = [artifact.folder / WEIGHTS, artifact.folder / MANIFEST]
+
+    def pack() -> PackedModel:
+        return PackedModel.from_tensors(artifact.architecture, bitnet, read_safetensors(files[:1]), head)
+
+    return load_or_pack(files, artifact.architecture, bitnet, head, pack), artifact.load_tokenizer()
 
 
 def _load_gguf(file: GGUFFile, head: HeadType) -> tuple[PackedModel, TextTokenizer]:
@@ -32,9 +41,13 @@ def _load_gguf(file: GGUFFile, head: HeadType) -> tuple[PackedModel, TextTokeniz
         raise ConfigError(
             f"{file.path} was not written by wrinklefree; the CPU engine reads our own files, use llama.cpp"
         )
-    architecture, bitnet = config_from_gguf(file)
-    tensors = exported_tensors(file, architecture, _ternary(file.path, bitnet))
-    packed = PackedModel.from_tensors(architecture, _ternary(file.path, bitnet), tensors, head)
+    architecture, found = config_from_gguf(file)
+    bitnet = _ternary(file.path, found)
+
+    def pack() -> PackedModel:
+        return PackedModel.from_tensors(architecture, bitnet, exported_tensors(file, architecture, bitnet), head)
+
+    packed = load_or_pack([file.path], architecture, bitnet, head, pack)
     return packed, TextTokenizer.from_gguf(file)
 
 

@@ -45,6 +45,8 @@ MAX_COLUMNS = 131072
 MAX_NIBBLE_COLUMNS = 32768
 """The same of a 4-bit head."""
 
+ROWS_AT_ONCE = 4096
+
 _PROJECTIONS = {
     "self_attn.q_proj": "query",
     "self_attn.k_proj": "key",
@@ -149,7 +151,7 @@ class PackedModel:
         packed._attach_biases()
         if packed.head_rows is None:
             assert packed.embedding is not None
-            packed._place_head(_as_float32(packed.embedding))
+            packed._place_head(packed.embedding)
         return packed
 
     @property
@@ -166,7 +168,7 @@ class PackedModel:
             self.embedding = _exact_array(tensor)
         elif name == HEAD:
             assert isinstance(tensor, Tensor)
-            self._place_head(tensor.to(torch.float32).numpy())
+            self._place_head(_exact_array(tensor))
         elif stem.rpartition(".")[2].endswith("_proj") and kind == "weight":
             ternary = tensor if isinstance(tensor, Ternary) else ternarize(tensor)
             self.linears[stem] = pack_linear(ternary.codes.numpy(), float(ternary.scale))
@@ -174,17 +176,16 @@ class PackedModel:
             assert isinstance(tensor, Tensor)
             self.vectors[name] = padded_vector(tensor.to(torch.float32).numpy())
 
-    def _place_head(self, weight: NDArray[np.float32]) -> None:
+    def _place_head(self, weight: NDArray[Any]) -> None:
+        """From an array of `_exact_array`'s."""
         if self.head == "int8":
-            self.head_rows, self.head_scales = pack_bytes(weight)
+            self.head_rows, self.head_scales = pack_bytes(weight, _as_float32)
             return
         if self.head == "int4":
-            self.head_rows, self.head_scales = pack_nibbles(weight)
+            self.head_rows, self.head_scales = pack_nibbles(weight, _as_float32)
             return
         wanted = np.dtype(np.float32 if self.head == "f32" else np.float16)
-        tied = self.architecture.tie_word_embeddings
-        shares = tied and self.embedding is not None and self.embedding.dtype == wanted
-        self.head_rows = self.embedding if shares else np.ascontiguousarray(weight, dtype=wanted)
+        self.head_rows = weight if weight.dtype == wanted else np.ascontiguousarray(_as_float32(weight), dtype=wanted)
 
     def _attach_biases(self) -> None:
         for stem, linear in self.linears.items():
@@ -305,7 +306,8 @@ def _exact_array(tensor: Tensor) -> NDArray[Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
     for dtype in (torch.float16, torch.bfloat16):
-        if tensor.dtype == dtype or torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+        # By parts: whole copies of an embedding would be the peak of loading.
+        if all(torch.equal(part.to(dtype).to(part.dtype), part) for part in tensor.split(ROWS_AT_ONCE)):
             narrow = tensor.to(dtype).contiguous()
             return narrow.numpy() if dtype == torch.float16 else narrow.view(torch.uint16).numpy()
     return tensor.to(torch.float32).contiguous().numpy()

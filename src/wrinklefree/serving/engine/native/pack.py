@@ -5,6 +5,7 @@ passes a block of rows, at some hundred million weights a second.
 """
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,15 @@ def pack_linear(codes: NDArray[np.int8], scale: float, bias: NDArray[np.float32]
     return PackedLinear(pack_ternary(codes), scale, rows, columns, None if bias is None else padded_vector(bias))
 
 
-def pack_bytes(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+Reader = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""What makes float32 of some rows of a stored weight."""
+
+
+def _read(rows: NDArray[Any]) -> NDArray[np.float32]:
+    return np.asarray(rows, np.float32)
+
+
+def pack_bytes(weight: NDArray[Any], read: Reader = _read) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """8-bit tiles [rows / 64, columns / 4, 256] of a weight [rows, columns], and one scale a row (padded).
 
     weight = scale * q with q = round(weight / scale), scale = max |row| / 127; stored are q + 128.
@@ -104,7 +113,7 @@ def pack_bytes(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[
     scales = np.zeros(padded(rows), np.float32)
     for start in range(0, len(tiles), BLOCKS_AT_ONCE):
         blocks = min(BLOCKS_AT_ONCE, len(tiles) - start)
-        part = np.asarray(weight[start * ROWS : (start + blocks) * ROWS], np.float32)
+        part = read(weight[start * ROWS : (start + blocks) * ROWS])
         scale = np.maximum(np.abs(part).max(axis=1) / 127, np.finfo(np.float32).tiny)
         scales[start * ROWS : start * ROWS + len(part)] = scale
         stored = np.full((blocks * ROWS, groups * COLUMNS), 128, np.uint8)
@@ -114,7 +123,7 @@ def pack_bytes(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[
     return tiles, scales
 
 
-def pack_nibbles(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+def pack_nibbles(weight: NDArray[Any], read: Reader = _read) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
     """4-bit tiles [rows / 64, columns / 32, 1088] of a weight [rows, columns], and one scale a row (padded).
 
     weight = scale * multiplier * q with q from -8 to 7 and, for every 32 columns of a row, the multiplier (0 to 63) whose
@@ -126,7 +135,7 @@ def pack_nibbles(weight: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArra
     scales = np.zeros(padded(rows), np.float32)
     for index in range(len(tiles)):
         block = np.zeros((ROWS, groups, NIBBLE_COLUMNS), np.float32)
-        part = np.asarray(weight[index * ROWS : (index + 1) * ROWS], np.float32)
+        part = read(weight[index * ROWS : (index + 1) * ROWS])
         block.reshape(ROWS, -1)[: len(part), :columns] = part
         codes, multipliers, scale = _nibbles(block)
         scales[index * ROWS : (index + 1) * ROWS] = scale
