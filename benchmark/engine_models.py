@@ -78,8 +78,11 @@ def write_ours(name: str, path: Path) -> None:
         convert(ConversionOptions(Path(folder) / "model", path, verify=False))
 
 
-def write_stock(name: str, path: Path) -> None:
-    """The model for llama.cpp: architecture bitnet (with SubLN) where it fits, else qwen3 (which has no place for it)."""
+def write_stock(name: str, path: Path, block: str | None = None) -> None:
+    """The model for llama.cpp: architecture bitnet (with SubLN) where it fits, else qwen3 (which has no place for it).
+
+    All matrices have the type `block`; None takes the fastest ternary one and Q8_0.
+    """
     architecture = SHAPES[name]
     kind = "bitnet" if architecture.family == "llama" else "qwen3"
     writer = gguf.GGUFWriter(str(path), kind)
@@ -105,9 +108,12 @@ def write_stock(name: str, path: Path) -> None:
         if len(shape) == 1:
             writer.add_tensor(stored, np.ones(shape, np.float32))
             continue
+        if block == "F16":
+            writer.add_tensor(stored, np.random.default_rng(0).normal(0, 0.02, shape).astype(np.float16))
+            continue
         embedding = stored == "token_embd.weight"
-        block = "Q8_0" if embedding else "TQ2_0" if shape[1] % 256 == 0 else "Q4_0"
-        writer.add_tensor(stored, _random_blocks(shape, block), raw_dtype=gguf.GGMLQuantizationType[block])
+        chosen = block or ("Q8_0" if embedding else "TQ2_0" if shape[1] % 256 == 0 else "Q4_0")
+        writer.add_tensor(stored, _random_blocks(shape, chosen), raw_dtype=gguf.GGMLQuantizationType[chosen])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -4,7 +4,9 @@
 
 FOLDER is one where `npm install node-llama-cpp` was run; without it only the package xllamacpp is measured. Every figure is
 the median over the rounds, of tokens per CPU second (of all threads) and per second on the wall; a ratio is the median of
-the rounds' ratios. `--isa` adds our engine held to other instruction sets, `--heads` other precisions of its head.
+the rounds' ratios. `--isa` adds our engine held to other instruction sets, `--heads` other precisions of its head, `--f16` the
+same model unquantized in stock llama.cpp, `--also-threads` ours with other numbers of threads, and `--neighbours` that many
+processes that never rest beside everything.
 """
 
 import argparse
@@ -69,18 +71,27 @@ def measure(model: str, arguments: argparse.Namespace) -> list[str]:
             engines[f"ours, {head} head"] = Process([*worker, "ours", model, threads, "--head", head])
         for isa in arguments.isa:
             engines[f"ours, {isa}"] = Process([*worker, "ours", model, threads], isa=isa)
+        for count in arguments.also_threads:
+            engines[f"ours, {count} threads"] = Process([*worker, "ours", model, str(count)])
+        script = str(Path(__file__).with_name("engine_stock.mjs"))
         if arguments.node is not None:
-            script = str(Path(__file__).with_name("engine_stock.mjs"))
             engines["llama.cpp, npm"] = Process(["node", script, str(stock), threads], folder=arguments.node)
-        engines["llama.cpp, xllamacpp"] = Process([*worker, "xllamacpp", str(stock), threads])
+        if not arguments.skip_xllamacpp:
+            engines["llama.cpp, xllamacpp"] = Process([*worker, "xllamacpp", str(stock), threads])
+        if arguments.f16 and arguments.node is not None:
+            write_stock(model, full := Path(folder) / f"{model}-f16.gguf", block="F16")
+            engines["llama.cpp, npm, F16"] = Process(["node", script, str(full), threads], folder=arguments.node)
         for process in engines.values():
             stack.callback(process.close)
+        for _ in range(arguments.neighbours):
+            neighbour = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+            stack.callback(neighbour.wait)
+            stack.callback(neighbour.kill)
         rows: list[str] = []
-        for task in TASKS:
-            rows += _compare(model, task, TASKS[task], engines, arguments.rounds)
-        first = next(iter(engines))
-        for task in BATCHED:
-            rows += _compare(model, task, BATCHED[task], {first: engines[first]}, arguments.rounds)
+        for task in arguments.tasks:
+            batched = task in BATCHED
+            taking_turns = {name: engine for name, engine in engines.items() if name.startswith("ours") or not batched}
+            rows += _compare(model, task, (TASKS | BATCHED)[task], taking_turns, arguments.rounds)
         return rows
 
 
@@ -114,7 +125,12 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["135m", "1b"], choices=["135m", "1b", "4b"])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--heads", nargs="+", default=["int8"], choices=["int8", "f16", "f32"])
+    parser.add_argument("--heads", nargs="+", default=["int8"], choices=["int8", "int4", "f16", "f32"])
+    parser.add_argument("--tasks", nargs="+", default=[*TASKS, *BATCHED], choices=[*TASKS, *BATCHED])
+    parser.add_argument("--also-threads", type=int, nargs="*", default=[])
+    parser.add_argument("--neighbours", type=int, default=0)
+    parser.add_argument("--f16", action="store_true")
+    parser.add_argument("--skip-xllamacpp", action="store_true")
     parser.add_argument("--isa", nargs="*", default=[])
     parser.add_argument("--node", type=Path, default=None)
     arguments = parser.parse_args()

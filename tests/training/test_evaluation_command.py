@@ -1,6 +1,7 @@
 """The evaluation command: every kind of checkpoint, the table, the JSON, and paired differences."""
 
 import json
+import logging
 import random
 from pathlib import Path
 
@@ -123,6 +124,36 @@ def test_a_packed_file_scores_as_the_checkpoint_that_it_was_made_from(
     assert [score["kind"] for score in record["scores"]] == ["packed", "ternary"]
     # The file keeps embeddings and norms in 16 bits.
     assert record["differences"][0]["value"] == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cpu_engines_kernels_give_the_same_scores(
+    tokenizer: TextTokenizer, text: list[str], tmp_path: Path, dtype: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model = to_bitnet(
+        CausalLM(ARCHITECTURE), placement="output", gain="ones", activation_bits=8, strength=1.0, calibration=[]
+    )
+    set_quantization(model, 1.0)
+    write_artifact(tmp_path / "ternary", model, tokenizer, {"stage": "stage2", "tokens": 0})
+    caplog.set_level(logging.INFO)
+    losses = []
+    for kernels in ("packed", "torch"):
+        output = tmp_path / f"{kernels}.json"
+        arguments = [f"checkpoint={tmp_path / 'ternary'}", *text, f"output={output}", f"dtype={dtype}"]
+        assert evaluate_main([*arguments, f"kernels={kernels}"]) == 0
+        assert ("layers run on the CPU engine's kernels" in caplog.text) == (kernels == "packed")
+        caplog.clear()
+        losses.append(json.loads(output.read_text())["scores"][0]["language"]["bits_per_byte"])
+    # The integers are the same; what rounds differently before them moves single codes.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == "float32" else 2e-3)
+
+
+def test_kernels_that_cannot_run_a_model_are_refused(
+    models: Path, text: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate_main([f"checkpoint={models / 'full'}", *text, "kernels=packed"]) == 2
+    assert "is not a plain ternary model; use kernels=auto" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

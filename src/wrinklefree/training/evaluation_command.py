@@ -14,6 +14,8 @@ from wrinklefree.models.artifact import POINTERS, read_artifact, resolve_artifac
 from wrinklefree.models.config import ModelConfig
 from wrinklefree.models.hf import architecture_from_hf, load_pretrained
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.serving.engine.native.library import is_available
+from wrinklefree.serving.packed_bitlinear import pack_bitlinears
 from wrinklefree.training.comparison import Difference, Interval, paired_difference
 from wrinklefree.training.config import RunConfig
 from wrinklefree.training.device import Compute, choose_compute
@@ -97,6 +99,7 @@ def score_checkpoint(path: str, command: EvaluationCommand, config: RunConfig) -
     compute = choose_compute(command.dtype)
     subject = load_subject(path, config)
     subject.model.to(compute.device)
+    _choose_kernels(command, subject, compute)
     length = row_length(command, subject.model)
     logger.info("%s: %s, rows of %d tokens", subject.name, subject.kind, length)
     language = None
@@ -117,6 +120,28 @@ def score_checkpoint(path: str, command: EvaluationCommand, config: RunConfig) -
             task_folder=Path(command.lm_eval_tasks) if command.lm_eval_tasks is not None else None,
         )
     return Scores(subject.name, subject.kind, language, tasks, harness)
+
+
+def _choose_kernels(command: EvaluationCommand, subject: Subject, compute: Compute) -> None:
+    """Let the CPU engine's kernels multiply the ternary layers, if they are there and compute the same.
+
+    Raises:
+        ConfigError: `kernels=packed` asks for what cannot be.
+    """
+    bitnet = subject.model.bitnet
+    problem = None
+    if compute.device.type != "cpu":
+        problem = "they run on the CPU, and evaluation runs on the GPU"
+    elif bitnet is None or not bitnet.is_plain:
+        problem = f"{subject.name} is not a plain ternary model"
+    elif command.kernels != "torch" and not is_available():
+        problem = "the CPU engine was not built; install a C compiler or set CC, and install again"
+    if command.kernels == "packed" and problem is not None:
+        raise ConfigError(f"kernels=packed: {problem}; use kernels=auto")
+    if command.kernels == "torch" or problem is not None:
+        return
+    count = pack_bitlinears(subject.model)
+    logger.info("%s: %d layers run on the CPU engine's kernels", subject.name, count)
 
 
 def row_length(command: EvaluationCommand, model: CausalLM) -> int:

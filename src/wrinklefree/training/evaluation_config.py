@@ -38,6 +38,8 @@ class EvaluationCommand(Config):
     max_new_tokens: int = Field(default=64, ge=1)
     """Length of generated responses."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    kernels: Literal["auto", "packed", "torch"] = "auto"
+    """Who multiplies ternary layers: the CPU engine's two-bit kernels or torch; auto: the kernels where there is no GPU."""
     output: str | None = None
     """Where the JSON goes; null: evaluation.json in `output_dir`."""
     lm_eval_tasks: str | None = None

@@ -129,7 +129,7 @@ def write_packed(path: Path, packed: PackedModel) -> None:
         with partial.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for array in arrays.values():
-                file.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+                file.write(np.ascontiguousarray(array).data.cast("B"))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -161,7 +161,7 @@ def read_packed(path: Path, architecture: Architecture, bitnet: BitNetSpec, head
                     continue
                 array = huge_array(shape, kind)
                 file.seek(offset)
-                if file.readinto(memoryview(array).cast("B")) != array.nbytes:
+                if file.readinto(array.data.cast("B")) != array.nbytes:
                     raise StaleFileError(f"its {name} is cut short")
                 _place(packed, name, array, scales, shapes)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
