@@ -97,7 +97,7 @@ def test_byte_products_are_exact(isa: str, columns: int) -> None:
     stored = random.integers(1, 256, (64, columns), dtype=np.int32)
     tiles = stored.astype(np.uint8).reshape(64, columns // 4, 4).swapaxes(0, 1).reshape(1, columns // 4, 256).copy()
     for tokens in TOKENS:
-        codes = random.integers(-127, 128, (tokens, columns), dtype=np.int8)
+        codes = random.integers(-64, 65, (tokens, columns), dtype=np.int8)
         assert (products(isa, tiles, codes, columns) == codes.astype(np.int32) @ stored.T).all()
 
 
@@ -161,7 +161,7 @@ def test_extremes_do_not_overflow(isa: str, x: int, weight: int, columns: int) -
         assert (sums == x * (weight + 1) * columns).all()
 
 
-@pytest.mark.parametrize("x", [127, -127])
+@pytest.mark.parametrize("x", [64, -64])
 @pytest.mark.parametrize("stored", [1, 255])
 def test_byte_extremes_do_not_overflow(isa: str, x: int, stored: int) -> None:
     tiles = np.full((1, 16384 // 4, 256), stored, np.uint8)
@@ -194,13 +194,18 @@ def test_activation_codes_are_training_s(isa: str, bits: int, width: int) -> Non
     assert not codes[~finite].any()
 
 
-def test_unquantized_activations_have_fifteen_bits(isa: str) -> None:
+@pytest.mark.parametrize(("steps", "high"), [(127 * 128, 127), (63 * 128, 63)])
+def test_two_planes_hold_wide_codes(isa: str, steps: int, high: int) -> None:
     x = torch.randn(5, 100, generator=torch.Generator().manual_seed(0))
+    x[0, :50] = torch.linspace(0.98, 1, 50) * x[0].abs().max()  # codes next to the largest
     codes, scales = np.empty((5, 2, 128), np.int8), np.empty(5, np.float32)
-    assert load_library().wf_quantize(isa.encode(), x.data_ptr(), 5, 100, 128, 0, pointer(codes), pointer(scales)) == 0
+    assert (
+        load_library().wf_quantize(isa.encode(), x.data_ptr(), 5, 100, 128, steps, pointer(codes), pointer(scales)) == 0
+    )
     value = (codes[:, 0].astype(np.int32) * 128 + codes[:, 1])[:, :100]
-    assert np.abs(value).max(axis=1).tolist() == [16256] * 5
+    assert np.abs(value).max(axis=1).tolist() == [steps] * 5
     assert np.abs(value * scales[:, None] - x.numpy()).max() <= 0.5001 * scales.max()
+    assert np.abs(codes[:, 0].astype(np.int32)).max() == high
     assert np.abs(codes[:, 1].astype(np.int32)).max() <= 64
 
 

@@ -3,7 +3,7 @@
 Building needs one full-precision tensor at a time: each projection is ternarized, packed and let go. The embedding keeps
 every bit (in 16 bits where those hold all its values), since looking a row up costs nothing; the head, which every token
 reads as a whole, is stored in 8 bits a weight unless asked otherwise (4 bits lose some quality, docs/performance.md),
-multiplied by 15-bit activations.
+multiplied by 14-bit activations.
 """
 
 import ctypes

@@ -82,11 +82,13 @@ WF_API void wf_runner_free(WfRunner *runner);
 /* y [tokens][out_features] of x [tokens][in_features]; 0, or 1 for sizes that do not fit or too little memory. */
 WF_API int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
                          int32_t in_features, float *y, int32_t out_features);
-/* The integer products behind it, of ternary (kind 0), 8-bit (1) or 4-bit tiles (2): codes [tokens][stride], tiles of one 64-row block, sums [tokens][64]. 0, or 1. */
+/* The integer products behind it, of ternary (kind 0), 8-bit (1, codes of at most 64) or 4-bit tiles (2): codes [tokens][stride], tiles of
+ * one 64-row block, sums [tokens][64]. 0, or 1. */
 WF_API int32_t wf_products(const char *isa, int32_t kind, const uint8_t *tiles, int32_t groups, const int8_t *codes,
                            int32_t stride, int32_t tokens, int32_t *sums);
-/* Activation codes [tokens][stride] and scales as the engine computes them. 0, or 1. */
+/* Activation codes [tokens][planes][stride] and scales as the engine computes them, `steps` to the largest magnitude; more than
+ * 127 steps take two planes. 0, or 1. */
 WF_API int32_t wf_quantize(const char *isa, const float *x, int32_t tokens, int32_t width, int32_t stride,
-                           int32_t code_max, int8_t *codes, float *scales);
+                           int32_t steps, int8_t *codes, float *scales);
 
 #endif

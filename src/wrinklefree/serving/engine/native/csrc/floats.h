@@ -64,8 +64,7 @@ TARGET static void SET(rms_norm)(const float *x, const float *gain, size_t width
     for (i = 0; i < width; i++) y[i] = x[i] * inverse * gain[i];
 }
 
-/* codes = round_half_even(x * max / g) with g = max(max |x|, 1e-5), as quantization/activation_quant.py rounds.
- * Without quantization (code_max 0) 15-bit codes stand in: 16256 = 127 * 128 steps to the largest value. */
+/* codes = round_half_even(x * steps / g) with g = max(max |x|, 1e-5), as quantization/activation_quant.py rounds. */
 INLINE void SET(quantize_vector)(VEC x, float steps, float range, size_t place, size_t count, const WfCodes *codes, int8_t *row,
                                  IVEC *sums) {
     VEC rounded = x * SET(splat)(steps) / SET(splat)(range) + SET(splat)(12582912.0f);
@@ -82,7 +81,7 @@ INLINE void SET(quantize_vector)(VEC x, float steps, float range, size_t place, 
     sums[0] += high;
 }
 
-TARGET static void SET(quantize)(const float *x, size_t width, int32_t code_max, size_t token, const WfCodes *codes) {
+TARGET static void SET(quantize)(const float *x, size_t width, size_t token, const WfCodes *codes) {
     int8_t *row = codes->codes + token * codes->planes * codes->stride;
     const size_t whole = width / LANES * LANES;
     float tail[LANES] = {0};
@@ -99,7 +98,7 @@ TARGET static void SET(quantize)(const float *x, size_t width, int32_t code_max,
     for (int lane = 0; lane < LANES; lane++) most = lanes[lane] > most ? lanes[lane] : most;
     memcpy(&range, &most, 4);
     range = range < 1e-5f ? 1e-5f : range;
-    const float steps = code_max ? (float)code_max : 16256.0f;
+    const float steps = (float)codes->steps;
     codes->scales[token] = range / steps;
     int32_t *totals = codes->sums + token * codes->planes;
     for (size_t plane = 0; plane < codes->planes; plane++) totals[plane] = 0;

@@ -30,6 +30,8 @@
 #define WF_VALUE_PAD 16    /* a head's values are padded to this */
 #define WF_QUERY_ROWS 4    /* query rows that share one read of keys and values */
 #define WF_MAX_COLUMNS 131072
+#define WF_WIDE_STEPS (127 * 128) /* of two planes that stand in for activations without quantization */
+#define WF_HEAD_STEPS (63 * 128)  /* of the head's: neither plane leaves -64..64, so that two products with bytes fit 16 bits */
 #define WF_NIBBLE_GROUP 8    /* tiles that share their rows' multipliers */
 #define WF_NIBBLE_BYTES 1088 /* of such a group */
 #define WF_MAX_NIBBLE_COLUMNS 32768
@@ -37,13 +39,14 @@
  * four tokens, whose arithmetic hides the wait, twice). Beyond the end nothing happens. */
 #define WF_AHEAD 2048
 
-/* Activation codes of some tokens. Two planes hold 15-bit codes, high * 128 + low, as two rows of int8. */
+/* Activation codes of some tokens. Two planes hold codes of up to 15 bits, high * 128 + low, as two rows of int8. */
 typedef struct {
     int8_t *codes;  /* [tokens][planes][stride] */
     float *scales;  /* [tokens] */
     int32_t *sums;  /* [tokens][planes], of the codes */
     size_t stride;
     size_t planes;
+    int32_t steps; /* the largest magnitude's code: up to 127 of one plane, up to 127 * 128 of two */
 } WfCodes;
 
 /* Where integer products go: y = (sum - offset * sum of codes) * scale of token * scale of row (+ bias) (+ y). */
@@ -60,13 +63,14 @@ typedef struct {
 
 typedef struct {
     const char *name;
-    /* sums[t][row] = sum over columns of stored code (0..2, or 0..255) * codes[t][column], t < tokens. */
+    /* sums[t][row] = sum over columns of stored code * codes[t][column], t < tokens. */
     void (*ternary)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
+    /* The same of bytes and codes of at most 64. */
     void (*bytes)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
     /* sums of multiplier * (nibble - 8) * code; `groups` is a multiple of WF_NIBBLE_GROUP. */
     void (*nibbles)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
     void (*finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *finish);
-    void (*quantize)(const float *x, size_t width, int32_t code_max, size_t token, const WfCodes *codes);
+    void (*quantize)(const float *x, size_t width, size_t token, const WfCodes *codes);
     void (*rms_norm)(const float *x, const float *gain, size_t width, float eps, float *y);
     void (*rotate)(float *x, const float *cosines, const float *sines, size_t half);
     void (*gate)(const float *gate, const float *up, size_t width, int squared_relu, float *y);

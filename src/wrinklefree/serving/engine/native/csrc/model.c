@@ -65,9 +65,10 @@ static void *own(WfModel *model, size_t size, int *failed) {
     return aligned;
 }
 
-static WfCodes own_codes(WfModel *model, size_t tokens, size_t planes, size_t stride, int *failed) {
+static WfCodes own_codes(WfModel *model, size_t tokens, int32_t steps, size_t stride, int *failed) {
+    const size_t planes = steps > 127 ? 2 : 1;
     return (WfCodes){.codes = own(model, tokens * planes * stride, failed), .scales = own(model, tokens * sizeof(float), failed),
-                     .sums = own(model, tokens * planes * sizeof(int32_t), failed), .stride = stride, .planes = planes};
+                     .sums = own(model, tokens * planes * sizeof(int32_t), failed), .stride = stride, .planes = planes, .steps = steps};
 }
 
 /* ---- prepare: what a projection reads ---- */
@@ -101,7 +102,7 @@ static void prepare_token(void *argument, size_t token, size_t worker) {
             k->rms_norm(source, norm, job->width, model->config.eps, inner);
             input = inner;
         }
-        k->quantize(input, job->width, model->config.code_max, token, &job->codes[i]);
+        k->quantize(input, job->width, token, &job->codes[i]);
     }
 }
 
@@ -226,7 +227,7 @@ static void finish_token(void *argument, size_t index, size_t worker) {
     const WfConfig *c = &model->config;
     float *y = model->gate + index * model->hidden;
     model->kernels->rms_norm(model->residual + (size_t)job->tokens[index] * model->hidden, c->final_norm, (size_t)c->hidden, c->eps, y);
-    if (is_tiled(c->head_type)) model->kernels->quantize(y, (size_t)c->hidden, 0, index, &model->head_codes);
+    if (is_tiled(c->head_type)) model->kernels->quantize(y, (size_t)c->hidden, index, &model->head_codes);
 }
 
 static void head_item(void *argument, size_t block, size_t worker) {
@@ -368,7 +369,8 @@ WfModel *wf_create(const WfConfig *config, const WfLayer *layers) {
     int failed = 0;
     const size_t tokens = (size_t)config->max_tokens, slots = (size_t)config->slots, layer_count = (size_t)config->layers;
     const size_t heads = (size_t)config->key_heads, d = (size_t)config->head_dim;
-    const size_t context = wf_padded((size_t)config->context, WF_KEY_BLOCK), planes = config->code_max ? 1 : 2;
+    const size_t context = wf_padded((size_t)config->context, WF_KEY_BLOCK);
+    const int32_t steps = config->code_max ? config->code_max : WF_WIDE_STEPS;
     model->config = *config;
     model->kernels = kernels;
     model->hidden = wf_padded((size_t)config->hidden, WF_ROWS), model->inner = wf_padded((size_t)config->inner, WF_ROWS);
@@ -386,8 +388,8 @@ WfModel *wf_create(const WfConfig *config, const WfLayer *layers) {
     float **rows[] = {&model->residual, &model->q, &model->mixed, &model->k, &model->v, &model->gate, &model->up};
     const size_t widths[] = {model->hidden, model->query, model->query, model->key, model->key, widest, widest};
     for (size_t i = 0; i < sizeof widths / sizeof *widths; i++) *rows[i] = own(model, tokens * widths[i] * sizeof(float), &failed);
-    for (size_t i = 0; i < 3; i++) model->codes[i] = own_codes(model, tokens, planes, widest, &failed);
-    model->head_codes = own_codes(model, tokens, 2, model->hidden, &failed);
+    for (size_t i = 0; i < 3; i++) model->codes[i] = own_codes(model, tokens, steps, widest, &failed);
+    model->head_codes = own_codes(model, tokens, WF_HEAD_STEPS, model->hidden, &failed);
     model->tiles = own(model, tokens * sizeof(Tile), &failed);
     model->sums = own(model, (size_t)config->threads * WF_SUMS * sizeof(int32_t), &failed);
     model->pool = wf_pool_create((size_t)config->threads);

@@ -17,15 +17,15 @@ int32_t wf_products(const char *isa, int32_t kind, const uint8_t *tiles, int32_t
     return 0;
 }
 
-int32_t wf_quantize(const char *isa, const float *x, int32_t tokens, int32_t width, int32_t stride, int32_t code_max, int8_t *codes,
+int32_t wf_quantize(const char *isa, const float *x, int32_t tokens, int32_t width, int32_t stride, int32_t steps, int8_t *codes,
                     float *scales) {
     const WfKernels *kernels = wf_kernels(isa);
-    const size_t planes = code_max ? 1 : 2;
-    if (!kernels || tokens < 1 || width < 1 || stride < width || code_max < 0 || code_max > 127) return 1;
+    const size_t planes = steps > 127 ? 2 : 1;
+    if (!kernels || tokens < 1 || width < 1 || stride < width || steps < 1 || steps > WF_WIDE_STEPS) return 1;
     int32_t *sums = malloc((size_t)tokens * planes * sizeof *sums);
     if (!sums) return 1;
-    WfCodes result = {.codes = codes, .scales = scales, .sums = sums, .stride = (size_t)stride, .planes = planes};
-    for (size_t t = 0; t < (size_t)tokens; t++) kernels->quantize(x + t * (size_t)width, (size_t)width, code_max, t, &result);
+    WfCodes result = {.codes = codes, .scales = scales, .sums = sums, .stride = (size_t)stride, .planes = planes, .steps = steps};
+    for (size_t t = 0; t < (size_t)tokens; t++) kernels->quantize(x + t * (size_t)width, (size_t)width, t, &result);
     free(sums);
     return 0;
 }
@@ -52,7 +52,8 @@ WfRunner *wf_runner_create(const char *isa, int32_t threads) {
     return runner;
 }
 
-static int reserve(WfRunner *runner, size_t tokens, size_t planes, size_t stride) {
+static int reserve(WfRunner *runner, size_t tokens, int32_t steps, size_t stride) {
+    const size_t planes = steps > 127 ? 2 : 1;
     if (tokens * planes * stride > runner->capacity || tokens > runner->tokens) {
         free(runner->codes.codes), free(runner->codes.scales), free(runner->codes.sums);
         runner->codes.codes = malloc(tokens * planes * stride);
@@ -64,7 +65,7 @@ static int reserve(WfRunner *runner, size_t tokens, size_t planes, size_t stride
             return 0;
         }
     }
-    runner->codes.stride = stride, runner->codes.planes = planes;
+    runner->codes.stride = stride, runner->codes.planes = planes, runner->codes.steps = steps;
     return 1;
 }
 
@@ -72,13 +73,12 @@ typedef struct {
     WfRunner *runner;
     const float *x;
     size_t width;
-    int32_t code_max;
 } Quantize;
 
 static void quantize_token(void *argument, size_t token, size_t worker) {
     (void)worker;
     const Quantize *job = argument;
-    job->runner->kernels->quantize(job->x + token * job->width, job->width, job->code_max, token, &job->runner->codes);
+    job->runner->kernels->quantize(job->x + token * job->width, job->width, token, &job->runner->codes);
 }
 
 int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x, int32_t in_features,
@@ -87,8 +87,8 @@ int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, in
     if (tokens < 1 || in_features < 1 || out_features < 1 || in_features > WF_MAX_COLUMNS || code_max < 0 || code_max > 127 ||
         (size_t)linear->columns != wf_padded(width, 4) || (size_t)linear->rows != wf_padded(rows, WF_ROWS) || linear->norm)
         return 1;
-    if (!reserve(runner, count, code_max ? 1 : 2, wf_padded(width, WF_ROWS))) return 1;
-    Quantize quantize = {runner, x, width, code_max};
+    if (!reserve(runner, count, code_max ? code_max : WF_WIDE_STEPS, wf_padded(width, WF_ROWS))) return 1;
+    Quantize quantize = {runner, x, width};
     wf_pool_run(runner->pool, count, quantize_token, &quantize);
     WfProducts job = {.kernels = runner->kernels, .count = 1, .tokens = count, .sums = runner->sums};
     job.products[0] = (WfProduct){.linear = linear, .codes = &runner->codes, .y = y, .stride = rows, .rows = rows};
