@@ -1,15 +1,20 @@
 """PackedBitLinear against BitLinear, bit for bit, and inside other people's nets."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from wrinklefree.models.bitlinear import BitLinear
+from wrinklefree.quantization.activation_quant import quantize_activation
 from wrinklefree.quantization.weight_quant import ternarize
 from wrinklefree.serving.packed_bitlinear import PackedBitLinear, pack_bitlinears
 from wrinklefree.utils.errors import ConfigError
+
+TUTORIAL = Path(__file__).resolve().parents[2] / "docs/tutorials/serving.md"
 
 
 @pytest.fixture(autouse=True)
@@ -94,3 +99,21 @@ def test_refusals() -> None:
         packed(torch.randn(64, requires_grad=True))
     with pytest.raises(ConfigError, match="runs on the CPU"):
         packed(torch.empty(64, device="meta"))
+
+
+def test_the_tutorials_net() -> None:
+    [block] = re.findall(r"^```python\n(.*?)^```$", TUTORIAL.read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(block, TUTORIAL.name, "exec"), names)
+    net, output = names["net"], names["output"]
+    assert isinstance(net, nn.Sequential)
+    assert isinstance(output, torch.Tensor)
+    first, second = (net[index] for index in (0, 2))
+    assert isinstance(first, PackedBitLinear)
+    assert isinstance(second, PackedBitLinear)
+    assert output.shape == (8, 576)
+    assert first.tiles.nbytes == 576 * 1536 // 4
+    x = torch.randn(4, 576)
+    by_hand = quantize_activation(torch.relu(quantize_activation(x).dequantize() @ first.weight.T + first.bias))
+    expected = by_hand.dequantize() @ second.weight.T + second.bias
+    assert (net(x) - expected).norm() < 1e-2 * expected.norm()
