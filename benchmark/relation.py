@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from benchmark.attention import packed_documents
 from benchmark.timing import Variant, comparison
-from wrinklefree.distillation.attention_loss import relation_divergence
+from wrinklefree.distillation.unit_relations import unit_relation_divergence
 from wrinklefree.utils.allocator import keep_large_buffers
 
 
@@ -53,8 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def ours() -> None:
         total = torch.zeros(())
         for student, teacher in zip(students, teachers, strict=True):
-            left, right = functional.normalize(student, dim=-1), functional.normalize(teacher, dim=-1)
-            total = total + relation_divergence((left, left), (right, right), documents)
+            total = total + unit_relation_divergence(student, teacher, documents)
         (total * share).backward()
 
     def dense(states: Sequence[Tensor] = students, others: Sequence[Tensor] = teachers) -> None:

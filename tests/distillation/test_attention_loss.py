@@ -4,7 +4,9 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from wrinklefree.distillation import relation_pieces
 from wrinklefree.distillation.attention_loss import (
     AttentionRelations,
     relation_divergence,
@@ -133,6 +135,54 @@ def test_blocks_equal_the_definition_in_value_and_gradient(make, form: str, mask
                 assert mine is None
             else:
                 torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("block_rows", [1, 5, None])
+@pytest.mark.parametrize("mask", ["documents", "none"])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_masked_batch_equals_its_documents_one_by_one(
+    make, monkeypatch: pytest.MonkeyPatch, form: str, mask: str, block_rows: int | None
+) -> None:
+    """The one piece of other devices against the pieces of a CPU."""
+    batch = make.batch([[7, 4], [3, 2, 6], [12]], 12)
+    student, teacher = make.output(3, 12, gradients=True), make.output(3, 12)
+    states = [student.qkv.query, student.qkv.key, student.qkv.value]
+    relations = term(form, mask=mask, block_rows=block_rows)
+    expected = value(relations, student, teacher, batch)
+    wanted = torch.autograd.grad(expected, states, allow_unused=True)
+    monkeypatch.setattr(relation_pieces, "document_pieces", lambda *given: [relation_pieces.whole_batch(*given)])
+    got = value(relations, student, teacher, batch)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(torch.autograd.grad(got, states, allow_unused=True), wanted, strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+class LargestResult(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not func.is_view:
+            self.size = max(self.size, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_scores_are_held_a_block_at_a_time(make, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    length, height = 512, 32
+    monkeypatch.setattr(relation_pieces, "CPU_ROWS", height)
+    monkeypatch.setattr(relation_pieces, "CPU_BLOCK_BYTES", 4 * height * length)
+    batch = make.batch([[length]], length)
+    student, teacher = make.output(1, length, gradients=True), make.output(1, length)
+    with LargestResult() as largest:
+        value(term(form), student, teacher, batch).backward()
+    assert largest.size == height * length
 
 
 @pytest.mark.parametrize("form", FORMS)

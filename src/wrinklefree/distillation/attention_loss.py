@@ -15,21 +15,24 @@ padding does not count; with "none" (the authors' code) padding and packed neigh
 
 A T x T relation for every head, of three states and two models, would be the largest tensors of the step. Here a block
 of rows is compared at a time, in float32, and its closed-form gradient folded into that of the states: with
-G = (softmax_student - softmax_teacher) and scores L R^T, dL = G R and dR = G^T L.
+G = (softmax_student - softmax_teacher) and scores L R^T, dL = G R and dR = G^T L. Normalised states have a faster way of
+their own (`unit_relations`).
 
 Shapes: B rows, T positions, n attention heads, d head dimension, R relation heads, d_r their width, H heads of either.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from wrinklefree.distillation.relation_pieces import Piece, find_pieces, mask_blocks, same_document
+from wrinklefree.distillation.scratch import Scratch
+from wrinklefree.distillation.unit_relations import unit_relation_divergence
 from wrinklefree.distillation.weighted_sum import TermValues, reciprocal, require_teacher
 from wrinklefree.models.records import QKV, Batch, ModelOutput, Wants
 
@@ -39,10 +42,6 @@ ATTENTION = "attention"
 Form = Literal["algorithm_1", "equation_12", "authors_code", "attention_map"]
 Mask = Literal["documents", "none"]
 
-BLOCK_BYTES = {"cpu": 8 * 2**20}
-"""Bytes of one float32 block of scores by device type; small blocks skip more of other documents' columns."""
-DEFAULT_BLOCK_BYTES = 256 * 2**20
-"""For every other device."""
 MASKED_SCORE = -1e30
 """Score of a forbidden pair: finite, so that 0 * (masked - masked) is 0 and not NaN."""
 
@@ -118,32 +117,35 @@ class AttentionRelations:
         # The products and softmaxes are float32: autocast would round scores of equation 12 by up to 0.1.
         with torch.autocast(student.hidden.device.type, enabled=False):
             value = torch.zeros((), dtype=torch.float32, device=student.hidden.device)
-            for student_pair, teacher_pair in zip(self._pairs(student.qkv), self._pairs(teacher.qkv), strict=True):
-                value = value + relation_divergence(
-                    student_pair,
-                    teacher_pair,
-                    documents,
-                    causal=self.form == "attention_map",
-                    block_rows=self._block_rows,
-                )
+            for divergence in self._divergences(student.qkv, teacher.qkv, documents):
+                value = value + divergence
             value = value * share
         return TermValues(value * weights[ATTENTION], {ATTENTION: value.detach()})
 
-    def _pairs(self, states: QKV) -> list[tuple[Tensor, Tensor]]:
-        """(left, right) [B, H, T, width] with scores left @ right.T, for each relation of the form."""
+    def _divergences(self, student: QKV, teacher: QKV, documents: Tensor | None) -> Iterator[Tensor]:
+        """Sums over rows and heads, one for each relation of the form."""
         if self.form == "attention_map":
-            query, key = states.query.float(), states.key.float()
-            key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-            return [(query / math.sqrt(query.shape[-1]), key)]
-        pairs: list[tuple[Tensor, Tensor]] = []
-        for state in (states.query, states.key, states.value):
-            split = relation_heads(state, self.relation_heads)
+            yield relation_divergence(
+                _attention_pair(student), _attention_pair(teacher), documents, causal=True, block_rows=self._block_rows
+            )
+            return
+        for mine, theirs in zip(_states(student), _states(teacher), strict=True):
+            sides = relation_heads(mine, self.relation_heads), relation_heads(theirs, self.relation_heads)
             if self.form == "equation_12":
-                pairs.append((split / math.sqrt(split.shape[-1]), split))
+                student_pair, teacher_pair = ((split / math.sqrt(split.shape[-1]), split) for split in sides)
+                yield relation_divergence(student_pair, teacher_pair, documents, block_rows=self._block_rows)
             else:
-                split = functional.normalize(split, dim=-1)
-                pairs.append((split, split))
-        return pairs
+                yield unit_relation_divergence(*sides, documents, block_rows=self._block_rows)
+
+
+def _states(states: QKV) -> tuple[Tensor, Tensor, Tensor]:
+    return states.query, states.key, states.value
+
+
+def _attention_pair(states: QKV) -> tuple[Tensor, Tensor]:
+    """Left and right [B, n, T, d] whose product are the scores of attention."""
+    query, key = states.query.float(), states.key.float()
+    return query / math.sqrt(query.shape[-1]), key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
 
 
 def relation_heads(state_BnTd: Tensor, heads: int) -> Tensor:
@@ -169,21 +171,16 @@ def relation_divergence(
         causal: A row sees its own and earlier positions only.
         block_rows: Positions compared at a time; None takes the device's byte budget.
     """
-    left, right = student
-    rows, heads, length, _ = left.shape
-    if block_rows is None:
-        budget = BLOCK_BYTES.get(left.device.type, DEFAULT_BLOCK_BYTES)
-        block_rows = min(length, max(16, budget // (4 * rows * heads * length)))
     spec = _Spec(causal, block_rows, torch.is_grad_enabled())
     teacher_left, teacher_right = (state.detach() for state in teacher)
-    result: Tensor = _RelationDivergence.apply(left, right, teacher_left, teacher_right, documents_BT, spec)
+    result: Tensor = _RelationDivergence.apply(*student, teacher_left, teacher_right, documents_BT, spec)
     return result
 
 
 @dataclass(frozen=True)
 class _Spec:
     causal: bool
-    block_rows: int
+    block_rows: int | None
     gradients: bool
 
 
@@ -198,26 +195,36 @@ class _RelationDivergence(torch.autograd.Function):
         documents: Tensor | None,
         spec: _Spec,
     ) -> Tensor:
-        length = left.shape[2]
         wanted = spec.gradients and any(ctx.needs_input_grad[:2])
-        grad_left = torch.zeros_like(left) if wanted else None
-        grad_right = torch.zeros_like(right) if wanted else None
+        gradients = (torch.zeros_like(left), torch.zeros_like(right)) if wanted else None
         total = torch.zeros((), dtype=torch.float32, device=left.device)
-        for rows, columns in _blocks(length, documents, spec.block_rows):
-            forbidden, counted = _block_mask(rows, columns, documents, causal=spec.causal, device=left.device)
-            log_student = _log_softmax(left[:, :, rows], right[:, :, columns], forbidden)
-            log_teacher = _log_softmax(teacher_left[:, :, rows], teacher_right[:, :, columns], forbidden)
-            probabilities = log_teacher.exp()
-            divergence = log_teacher.sub_(log_student).mul_(probabilities).sum(-1)
-            total += (divergence if counted is None else divergence * counted).sum()
-            if grad_left is None or grad_right is None:
-                continue
-            gradient = log_student.exp_().sub_(probabilities)
-            if counted is not None:
-                gradient.mul_(counted.unsqueeze(-1))
-            grad_left[:, :, rows] = gradient @ right[:, :, columns]
-            grad_right[:, :, columns] += gradient.mT @ left[:, :, rows]
-        ctx.gradients = (grad_left, grad_right)
+        scratch = Scratch(left.device)
+        for piece in find_pieces(left, documents, spec.block_rows):
+            here = left[piece.place]
+            student = _Side("student", here, right[piece.place], scratch)
+            teacher = _Side("teacher", teacher_left[piece.place], teacher_right[piece.place], scratch)
+            grad_left = scratch.block("grad_left", *student.left.shape)
+            grad_right = scratch.block("grad_right", *student.left.shape).zero_()
+            for rows in piece.blocks():
+                columns = slice(0, rows.stop if spec.causal else piece.length)
+                allowed = _allowed(piece, rows, columns, causal=spec.causal, device=left.device)
+                student_scores, student_shares, student_logs = student.relations(rows, columns, allowed)
+                scores, shares, logs = teacher.relations(rows, columns, allowed)
+                # KL = sum p_t (t - s) + log Z_s - log Z_t: one exponential for each model's score.
+                divergence = scores.sub_(student_scores).mul_(shares).sum(-1) + (student_logs - logs)
+                slopes = student_shares.sub_(shares)
+                if piece.documents is not None:
+                    counted = (piece.documents[:, rows] != 0).repeat_interleave(here.shape[1], dim=0)
+                    divergence *= counted
+                    slopes *= counted.unsqueeze(-1)
+                total += divergence.sum()
+                if gradients is not None:
+                    torch.bmm(slopes, student.right[:, columns], out=grad_left[:, rows])
+                    grad_right[:, columns].baddbmm_(slopes.mT, student.left[:, rows])
+            if gradients is not None:
+                gradients[0][piece.place] = grad_left.view(here.shape)
+                gradients[1][piece.place] = grad_right.view(here.shape)
+        ctx.gradients = gradients
         return total
 
     @staticmethod
@@ -225,49 +232,33 @@ class _RelationDivergence(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the parameter name
         ctx: Any, *grad_outputs: Tensor
     ) -> tuple[Tensor | None, ...]:
-        grad_left, grad_right = ctx.gradients
-        return grad_left * grad_outputs[0], grad_right * grad_outputs[0], None, None, None, None
+        # Scaled in place and given away: nothing of the states' size is made here.
+        (grad_left, grad_right), ctx.gradients = ctx.gradients, None
+        return grad_left.mul_(grad_outputs[0]), grad_right.mul_(grad_outputs[0]), None, None, None, None
 
 
-def _log_softmax(left: Tensor, right: Tensor, forbidden: Tensor | None) -> Tensor:
-    scores = left @ right.mT
-    if forbidden is not None:
-        scores.masked_fill_(forbidden, MASKED_SCORE)
-    return functional.log_softmax(scores, dim=-1)
+class _Side:
+    """One model's states of a piece, [P, L, width] with P rows x heads and L positions."""
+
+    def __init__(self, name: str, left: Tensor, right: Tensor, scratch: Scratch) -> None:
+        self._name, self._scratch = name, scratch
+        self.left, self.right = left.flatten(0, 1), right.flatten(0, 1)
+
+    def relations(self, rows: slice, columns: slice, allowed: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [P, rows, columns], their softmax, and the logarithm of each row's sum of exponentials [P, rows]."""
+        left, right = self.left[:, rows], self.right[:, columns]
+        shape = (left.shape[0], left.shape[1], right.shape[1])
+        scores = torch.bmm(left, right.mT, out=self._scratch.block(f"{self._name}_scores", *shape))
+        mask_blocks(scores, allowed, MASKED_SCORE)
+        shares = torch.softmax(scores, -1, out=self._scratch.block(f"{self._name}_shares", *shape))
+        return scores, shares, scores.amax(-1) - shares.amax(-1).log()
 
 
-def _blocks(length: int, documents: Tensor | None, block_rows: int) -> list[tuple[slice, slice]]:
-    """Row blocks with the columns that they can see.
-
-    On the CPU the columns are cut to the block's documents: packed short examples then cost what they cost alone. On
-    other devices reading the borders would stall, so every column is computed and masked.
-    """
-    starts = range(0, length, block_rows)
-    blocks = [slice(start, min(start + block_rows, length)) for start in starts]
-    if documents is None or documents.device.type != "cpu":
-        return [(block, slice(0, length)) for block in blocks]
-    index = torch.arange(length).expand_as(documents)
-    border = documents[:, 1:] != documents[:, :-1]
-    edge = torch.ones_like(documents[:, :1], dtype=torch.bool)
-    is_padding = documents == 0
-    first = torch.where(torch.cat([edge, border], 1), index, 0).cummax(1).values
-    last = torch.where(torch.cat([border, edge], 1), index, length - 1).flip(1).cummin(1).values.flip(1)
-    # Padding counts nowhere, so its run must not widen a block: each padded position sees itself.
-    first, last = torch.where(is_padding, index, first), torch.where(is_padding, index, last)
-    return [(block, slice(int(first[:, block].min()), int(last[:, block].max()) + 1)) for block in blocks]
-
-
-def _block_mask(
-    rows: slice, columns: slice, documents: Tensor | None, *, causal: bool, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
-    """Forbidden pairs [B or 1, 1, rows, columns] and counted rows [B, 1, rows]; None where there are no limits."""
-    forbidden: Tensor | None = None
-    if causal:
-        row = torch.arange(rows.start, rows.stop, device=device)
-        column = torch.arange(columns.start, columns.stop, device=device)
-        forbidden = (column[None, :] > row[:, None])[None, None]
-    if documents is None:
-        return forbidden, None
-    own = documents[:, rows]
-    foreign = (own[:, :, None] != documents[:, None, columns]).unsqueeze(1)
-    return foreign if forbidden is None else forbidden | foreign, (own != 0).unsqueeze(1)
+def _allowed(piece: Piece, rows: slice, columns: slice, *, causal: bool, device: torch.device) -> Tensor | None:
+    """Pairs that count [B or 1, 1, rows, columns]; None: all."""
+    allowed = None if piece.documents is None else same_document(piece.documents, rows, columns)
+    if not causal:
+        return allowed
+    row = torch.arange(rows.start, rows.stop, device=device)
+    earlier = (torch.arange(columns.stop, device=device) <= row[:, None])[None, None]
+    return earlier if allowed is None else allowed & earlier

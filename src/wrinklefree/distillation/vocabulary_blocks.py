@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wrinklefree.distillation.scratch import Scratch
 from wrinklefree.models.records import IGNORE
 
 BLOCK_ROWS = 512
@@ -62,21 +63,6 @@ class BlockedLosses:
     grad_head: Tensor | None
 
 
-class _Scratch:
-    """Named blocks that are written again and again, so that they stay in the cache."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._flat: dict[str, Tensor] = {}
-
-    def block(self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """A contiguous [rows, columns], not initialised; its earlier content is lost."""
-        flat = self._flat.get(name)
-        if flat is None or flat.numel() < rows * columns:
-            flat = self._flat[name] = torch.empty(rows * columns, dtype=dtype, device=self._device)
-        return flat[: rows * columns].view(rows, columns)
-
-
 class _Normalizer:
     """Running log of the sum of exponentials of `logits * inverse_temperature`, float32 [N, 1]."""
 
@@ -115,7 +101,7 @@ class _Pass:
         self.student, self.teacher, self.dtype = student, teacher, dtype
         hidden = student.hidden
         self.states = hidden.to(dtype)
-        self.scratch = _Scratch(hidden.device)
+        self.scratch = Scratch(hidden.device)
         self.hard = None if student.labels is None else _Normalizer(hidden, 1.0)
         self.soft: _Normalizer | None = None
         self.taught: _Normalizer | None = None
@@ -172,19 +158,15 @@ class _Pass:
             yield words, self.student.head[words].to(self.dtype), other
 
     def _product(self, name: str, left: Tensor, right: Tensor) -> Tensor:
-        return torch.mm(left, right, out=self.scratch.block(name, left.shape[0], right.shape[1], self.dtype))
+        return torch.mm(left, right, out=self.scratch.block(name, left.shape[0], right.shape[1], dtype=self.dtype))
 
     def _logits(self, name: str, states: Tensor, weight: Tensor) -> Tensor:
         """States @ weight.T, multiplied in the compute dtype, as float32."""
         product = self._product(f"{name}_product", states, weight.T)
-        return (
-            product
-            if self.dtype == torch.float32
-            else self.scratch.block(name, product.shape[0], product.shape[1]).copy_(product)
-        )
+        return product if self.dtype == torch.float32 else self.scratch.block(name, *product.shape).copy_(product)
 
     def _temporary(self, like: Tensor, name: str = "temporary") -> Tensor:
-        return self.scratch.block(name, like.shape[0], like.shape[1])
+        return self.scratch.block(name, *like.shape)
 
     def _normalize(self) -> None:
         """First pass: all normalizers, and the targets' logits."""
@@ -232,7 +214,7 @@ class _Pass:
         assert gradient is not None
         if self.dtype == torch.float32:
             return value, gradient
-        return value, self.scratch.block("gradient", gradient.shape[0], gradient.shape[1], self.dtype).copy_(gradient)
+        return value, self.scratch.block("gradient", *gradient.shape, dtype=self.dtype).copy_(gradient)
 
     def _cross_entropy_gradient(self, probabilities_RW: Tensor, rows: slice, words: slice) -> Tensor:
         """Factor * (softmax - onehot) of the rows with a target. Consumes the probabilities."""

@@ -44,7 +44,11 @@ _ROW_LOOP_FROM = 512
 _FLOAT32_KEYS = 256
 """`runs.MAX_KEYS_FOR_FLOAT32`: rows up to this length attend in float32 on a CPU."""
 _BLOCK_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-"""`head_losses.CHUNK_BYTES` and `attention_loss.BLOCK_BYTES`."""
+"""`head_losses.CHUNK_BYTES`, and `relation_pieces.DEFAULT_BLOCK_BYTES` for the second."""
+_RELATION_BLOCK_BYTES = 2**20
+"""`relation_pieces.CPU_BLOCK_BYTES`."""
+_RELATION_ROWS = 128
+"""`relation_pieces.CPU_ROWS`."""
 _FEWEST_ROWS = 256
 """`head_losses.FEWEST_ROWS_A_CHUNK`."""
 _VOCABULARY_BLOCKS = 10 * 2**20
@@ -370,8 +374,12 @@ def relation_bytes(workload: Workload) -> tuple[int, int]:
     a = workload.architecture
     if workload.relation_heads:
         states = 4 * workload.tokens * _state_width(a)
-        row = 4 * workload.rows * workload.relation_heads * workload.length
-        block = row * min(workload.length, max(16, _BLOCK_BYTES[workload.device_type] // row))
+        if workload.device_type == "cpu":
+            one_head = 4 * min(workload.length, _RELATION_ROWS) * workload.length
+            block = max(one_head, min(_RELATION_BLOCK_BYTES, workload.relation_heads * one_head))
+        else:
+            row = 4 * workload.rows * workload.relation_heads * workload.length
+            block = row * min(workload.length, max(16, _BLOCK_BYTES[workload.device_type] // row))
         return 3 * states, 2 * states + 4 * block
     if workload.layerwise:
         return 0, 3 * 4 * workload.tokens * a.hidden_size
