@@ -3,6 +3,7 @@
     uv run --with torchao==0.18.0 python -m benchmark.step                  # SmolLM2-135M's shape, 1024 tokens, bfloat16
     uv run python -m benchmark.step --micro-batches 8 --tokens 128          # the same tokens in eight micro-batches
     uv run python -m benchmark.step --compile --layers 6                    # blocks compiled
+    uv run python -m benchmark.step --variants nn.Linear WrinkleFree "WrinkleFree, int8 backward"
 
 A step is forward, cross-entropy (ours, for all) and backward of every micro-batch; no optimizer. As in training, weight
 codes are forgotten before it. Columns: processor seconds and seconds by the clock, each the smallest of the rounds and
@@ -19,13 +20,33 @@ import torch
 from benchmark.peers import PEERS, installed, plain, sharing_copy
 from benchmark.timing import MIB, gradients, interleaved, relative_error, saved_bytes
 from wrinklefree.distillation.head_losses import head_losses
-from wrinklefree.models.bitlinear import BitLinear, set_quantization
+from wrinklefree.models.bitlinear import BitLinear, set_backward_products, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
+from wrinklefree.quantization.options import BackwardProducts
 from wrinklefree.utils.allocator import keep_large_buffers
 
 OURS = "WrinkleFree"
+
+
+def rounding_backward(kind: BackwardProducts) -> Callable[[CausalLM], CausalLM]:
+    """Makes our model with this `training.backward_products`."""
+
+    def make(model: CausalLM) -> CausalLM:
+        changed = sharing_copy(model)
+        set_backward_products(changed, kind)
+        return changed
+
+    return make
+
+
+OWN: dict[str, Callable[[CausalLM], CausalLM]] = {
+    OURS: sharing_copy,
+    f"{OURS}, int8 backward": rounding_backward("int8"),
+    f"{OURS}, fp8 backward": rounding_backward("fp8"),
+}
+"""Our variants; the rounding ones cost time on a CPU without int8 instructions, and are here for their errors."""
 
 
 def smollm2_shape(layers: int, *, hidden: int = 576, vocabulary: int = 49152) -> Architecture:
@@ -102,7 +123,10 @@ def build(
     """Steps by name, and remarks on those that are missing."""
     steps: dict[str, Step] = {}
     remarks: list[str] = []
-    makers: dict[str, tuple[Callable[[CausalLM], CausalLM], str]] = {**PEERS, OURS: (sharing_copy, "torch")}
+    makers: dict[str, tuple[Callable[[CausalLM], CausalLM], str]] = {
+        **PEERS,
+        **{name: (make, "torch") for name, make in OWN.items()},
+    }
     for name in names:
         make, package = makers[name]
         if installed(package) is None:
@@ -127,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="compile every block")
-    parser.add_argument("--variants", nargs="+", default=[*PEERS, OURS])
+    parser.add_argument("--variants", nargs="+", default=[*PEERS, *OWN])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     keep_large_buffers()

@@ -5,8 +5,10 @@ import logging
 import pytest
 import torch
 
+from wrinklefree.quantization.options import BackwardProducts
 from wrinklefree.training.device import (
     Compute,
+    check_backward_products,
     choose_compute,
     multiplies_bfloat16,
     peak_flops_per_second,
@@ -79,3 +81,42 @@ def test_a_cpus_peak_is_known_once_it_is_measured() -> None:
     measured = peak_flops_per_second(compute, measure=True)
     assert measured is not None
     assert 1e9 < measured < 1e14
+
+
+@pytest.mark.parametrize(
+    ("kind", "capability", "instead"),
+    [
+        ("fp8", (8, 9), None),
+        ("fp8", (9, 0), None),
+        ("fp8", (8, 6), "int8 or exact"),
+        ("fp8", (7, 0), "exact"),
+        ("int8", (7, 5), None),
+        ("int8", (7, 0), "exact"),
+        ("exact", (5, 0), None),
+    ],
+)
+def test_a_gpu_without_the_type_is_refused(
+    monkeypatch: pytest.MonkeyPatch, kind: BackwardProducts, capability: tuple[int, int], instead: str | None
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    if instead is None:
+        check_backward_products(kind, gpu)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_backward_products(kind, gpu)
+    [line] = str(caught.value).splitlines()
+    assert line.startswith(f"training.backward_products={kind} needs a GPU of capability")
+    assert line.endswith(f"has {capability[0]}.{capability[1]}: use training.backward_products={instead}")
+
+
+def test_a_cpu_says_in_one_line_that_nothing_is_gained(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    check_backward_products("exact", CPU)
+    assert caplog.text == ""
+    check_backward_products("fp8", CPU)
+    check_backward_products("int8", CPU)
+    assert [record.getMessage() for record in caplog.records] == [
+        "training.backward_products=fp8: float8 is emulated on a CPU; use it to see what it costs, exact is faster",
+        "training.backward_products=int8: a CPU gains nothing from int8; use it to see what it costs, exact is faster",
+    ]

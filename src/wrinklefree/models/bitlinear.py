@@ -2,7 +2,8 @@
 
 Two paths compute the same function. The reference path composes straight-through estimators and mixes full precision
 with quantized values by lambda; it serves the warm-up. At lambda = 1 one autograd function multiplies integer codes in
-the compute dtype (codes up to +-128 are exact in bfloat16) and keeps int8 codes for the backward pass.
+the compute dtype (codes up to +-128 are exact in bfloat16) and keeps int8 codes for the backward pass, whose two products
+`backward_products` makes: exactly, or rounded to a byte (`set_backward_products`).
 
 Weight codes are computed once per weight version and reused by accumulation, recomputation, evaluation and generation.
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
+from wrinklefree.models.backward_products import grad_input, grad_weight
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
-from wrinklefree.quantization.options import WeightScale
-from wrinklefree.quantization.pieces import rows_for_product, scaled_rows
+from wrinklefree.quantization.options import BackwardProducts, WeightScale
+from wrinklefree.quantization.pieces import scaled_rows
 from wrinklefree.quantization.ste import integer_activation, ternary_weight
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.quantization.weight_scale import weight_scale, with_learned_scale
@@ -48,6 +50,7 @@ class _IntegerMatmul(torch.autograd.Function):
         w_codes: Tensor,
         w_scale: Tensor,
         overwrite: bool,
+        backward_products: BackwardProducts,
     ) -> Tensor:
         """`x_scale` is None where activations are not quantized; then `x_codes` is the input itself."""
         output = functional.linear(x_codes.to(w_codes.dtype), w_codes)
@@ -59,6 +62,7 @@ class _IntegerMatmul(torch.autograd.Function):
             output.add_(bias)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.backward_products = backward_products
         return output
 
     @staticmethod
@@ -66,17 +70,16 @@ class _IntegerMatmul(torch.autograd.Function):
         """Gradients as if the dequantized weight and input had been multiplied."""
         x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
+        kind: BackwardProducts = ctx.backward_products
         grad = grad_outputs[0].to(w_codes.dtype)
-        grad_x = grad_weight = grad_bias = None
+        of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ w_codes).to(x_dtype).mul_(w_scale)
+            of_x = grad_input(grad, w_codes, w_scale, dtype=x_dtype, kind=kind)
         if ctx.needs_input_grad[1]:
-            scaled = grad if x_scale is None else scaled_rows(grad, x_scale)
-            inputs = x_codes.to(w_codes.dtype)
-            grad_weight = (rows_for_product(scaled.flatten(0, -2)) @ inputs.flatten(0, -2)).to(weight_dtype)
+            of_weight = grad_weight(grad, x_codes, x_scale, dtype=weight_dtype, kind=kind)
         if ctx.needs_input_grad[2]:
-            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+            of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
+        return of_x, of_weight, of_bias, None, None, None, None, None, None
 
 
 class _OptimizerSteps:
@@ -155,6 +158,8 @@ class BitLinear(nn.Linear):
         """Keep codes between forward passes. Not where weights are sharded: all codes together are a whole model."""
         self.overwrites_products = True
         """Scale a product in place. Not where somebody keeps the product, as selective checkpointing does."""
+        self.backward_products: BackwardProducts = "exact"
+        """In what the backward pass multiplies at lambda = 1; the reference path, below 1, is always exact."""
         self.gathered_scale: Tensor | None = None
         """Set where `weight` is gathered from shards as codes: it then holds -1, 0 and 1, and this is their scale."""
         self._weight_codes: _WeightCodes | None = None
@@ -258,7 +263,7 @@ class BitLinear(nn.Linear):
             x_codes, x_scale = codes.codes, codes.scale
         weight, bias = self._trained_weight(w_codes, w_scale, 1.0), self.folded_bias(w_codes)
         output: Any = _IntegerMatmul.apply(
-            input, weight, bias, x_codes, x_scale, w_codes, w_scale, self.overwrites_products
+            input, weight, bias, x_codes, x_scale, w_codes, w_scale, self.overwrites_products, self.backward_products
         )
         return output
 
@@ -318,6 +323,13 @@ def set_quantization(model: nn.Module, value: float) -> None:
     for module in model.modules():
         if isinstance(module, BitLinear):
             module.set_quantization(value)
+
+
+def set_backward_products(model: nn.Module, kind: BackwardProducts) -> None:
+    """Set in what every BitLinear's backward pass multiplies at lambda = 1; nothing else changes."""
+    for module in model.modules():
+        if isinstance(module, BitLinear):
+            module.backward_products = kind
 
 
 def quantization_of(model: nn.Module) -> float:
