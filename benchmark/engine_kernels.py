@@ -84,9 +84,10 @@ class Kernel:
 
     def count_for(self, least: float) -> int:
         """Matrices that take about `least` seconds."""
-        count = 1
-        while (spent := seconds(lambda: self.run(count))) < least / 8:
+        count, spent = 1, 0.0
+        while spent < least / 8:
             count *= 4
+            spent = seconds(partial(self.run, count))
         return max(1, round(count * least / spent))
 
 
@@ -122,9 +123,8 @@ def measure(library: CDLL, isa: str, arguments: argparse.Namespace) -> None:
             found.append(count * (kernel.bytes if tokens == 1 else kernel.products) / spent / 1e9)
         share = statistics.median(a / b for a, b in zip(found, bound, strict=True)) if bound[0] else float("nan")
         unit = "GB/s" if tokens == 1 else "G products/s"
-        sys.stdout.write(
-            f"| {isa} | {kind} | {shape[0]} x {shape[1]} | {tokens} | {max(found):.1f} {unit} | {max(bound):.1f} | {share:.2f} |\n"
-        )
+        cells = [isa, kind, f"{shape[0]} x {shape[1]}", str(tokens), f"{max(found):.1f} {unit}", f"{max(bound):.1f}"]
+        sys.stdout.write(f"| {' | '.join(cells)} | {share:.2f} |\n")
         sys.stdout.flush()
 
 

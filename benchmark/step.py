@@ -20,22 +20,22 @@ import torch
 from benchmark.peers import PEERS, installed, plain, sharing_copy
 from benchmark.timing import MIB, gradients, interleaved, relative_error, saved_bytes
 from wrinklefree.distillation.head_losses import head_losses
-from wrinklefree.models.bitlinear import BitLinear, set_backward_products, set_quantization
+from wrinklefree.models.bitlinear import BitLinear, set_products, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
-from wrinklefree.quantization.options import BackwardProducts
+from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.utils.allocator import keep_large_buffers
 
 OURS = "WrinkleFree"
 
 
-def rounding_backward(kind: BackwardProducts) -> Callable[[CausalLM], CausalLM]:
-    """Makes our model with this `training.backward_products`."""
+def with_products(forward: ForwardProducts, backward: BackwardProducts) -> Callable[[CausalLM], CausalLM]:
+    """Makes our model with these `training.forward_products` and `training.backward_products`."""
 
     def make(model: CausalLM) -> CausalLM:
         changed = sharing_copy(model)
-        set_backward_products(changed, kind)
+        set_products(changed, forward, backward)
         return changed
 
     return make
@@ -43,10 +43,11 @@ def rounding_backward(kind: BackwardProducts) -> Callable[[CausalLM], CausalLM]:
 
 OWN: dict[str, Callable[[CausalLM], CausalLM]] = {
     OURS: sharing_copy,
-    f"{OURS}, int8 backward": rounding_backward("int8"),
-    f"{OURS}, fp8 backward": rounding_backward("fp8"),
+    f"{OURS}, int8 forward": with_products("int8", "exact"),
+    f"{OURS}, int8 backward": with_products("float", "int8"),
+    f"{OURS}, fp8 backward": with_products("float", "fp8"),
 }
-"""Our variants; the rounding ones cost time on a CPU without int8 instructions, and are here for their errors."""
+"""Our variants; those in bytes cost time on a CPU without int8 instructions, and are here for their errors."""
 
 
 def smollm2_shape(layers: int, *, hidden: int = 576, vocabulary: int = 49152) -> Architecture:

@@ -8,7 +8,7 @@ import torch
 from wrinklefree.quantization.options import BackwardProducts
 from wrinklefree.training.device import (
     Compute,
-    check_backward_products,
+    check_products,
     choose_compute,
     multiplies_bfloat16,
     peak_flops_per_second,
@@ -101,22 +101,33 @@ def test_a_gpu_without_the_type_is_refused(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = torch.device("cuda", 0)
     if instead is None:
-        check_backward_products(kind, gpu)
+        check_products("float", kind, gpu)
         return
     with pytest.raises(ConfigError) as caught:
-        check_backward_products(kind, gpu)
+        check_products("float", kind, gpu)
     [line] = str(caught.value).splitlines()
     assert line.startswith(f"training.backward_products={kind} needs a GPU of capability")
     assert line.endswith(f"has {capability[0]}.{capability[1]}: use training.backward_products={instead}")
 
 
-def test_a_cpu_says_in_one_line_that_nothing_is_gained(caplog: pytest.LogCaptureFixture) -> None:
+def test_forward_products_are_refused_in_their_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
+    with pytest.raises(ConfigError, match=r"training\.forward_products=int8 .* use training\.forward_products=float$"):
+        check_products("int8", "exact", torch.device("cuda", 0))
+
+
+def test_a_cpu_says_in_one_line_that_nothing_is_gained(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     caplog.set_level(logging.WARNING)
-    check_backward_products("exact", CPU)
+    monkeypatch.setattr("wrinklefree.training.device.CPU_MULTIPLIES_INT8", True)
+    check_products("int8", "int8", CPU)
+    monkeypatch.setattr("wrinklefree.training.device.CPU_MULTIPLIES_INT8", False)
+    check_products("float", "exact", CPU)
     assert caplog.text == ""
-    check_backward_products("fp8", CPU)
-    check_backward_products("int8", CPU)
+    check_products("float", "fp8", CPU)
+    check_products("float", "int8", CPU)
     assert [record.getMessage() for record in caplog.records] == [
         "training.backward_products=fp8: float8 is emulated on a CPU; use it to see what it costs, exact is faster",
-        "training.backward_products=int8: a CPU gains nothing from int8; use it to see what it costs, exact is faster",
+        "training.backward_products=int8: this CPU has no int8 instructions; use it to see what it costs, exact is faster",
     ]

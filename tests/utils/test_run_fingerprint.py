@@ -85,6 +85,7 @@ def test_infrastructure_changes_nothing_wherever_it_is_nested(path: str, new: An
     [
         ("training.lr", 0.0002),
         ("training.batch_size", 8),
+        ("training.forward_products", "int8"),
         ("training.backward_products", "int8"),
         ("training.betas", [0.95, 0.9]),
         ("training.teacher.kind", "base"),

@@ -2,8 +2,8 @@
 
 Two paths compute the same function. The reference path composes straight-through estimators and mixes full precision
 with quantized values by lambda; it serves the warm-up. At lambda = 1 one autograd function multiplies integer codes in
-the compute dtype (codes up to +-128 are exact in bfloat16) and keeps int8 codes for the backward pass, whose two products
-`backward_products` makes: exactly, or rounded to a byte (`set_backward_products`).
+the compute dtype (codes up to +-128 are exact in bfloat16) or in int8, and keeps int8 codes for the backward pass, which
+multiplies exactly, or gradients rounded to a byte (`set_products`; `byte_products` has the arithmetic).
 
 Weight codes are computed once per weight version and reused by accumulation, recomputation, evaluation and generation.
 
@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wrinklefree.models.backward_products import grad_input, grad_weight
+from wrinklefree.models.byte_products import grad_input, grad_weight, output_product
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
-from wrinklefree.quantization.options import BackwardProducts, WeightScale
-from wrinklefree.quantization.pieces import scaled_rows
+from wrinklefree.quantization.options import BackwardProducts, ForwardProducts, WeightScale
 from wrinklefree.quantization.ste import integer_activation, ternary_weight
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.quantization.weight_scale import weight_scale, with_learned_scale
@@ -50,14 +49,11 @@ class _IntegerMatmul(torch.autograd.Function):
         w_codes: Tensor,
         w_scale: Tensor,
         overwrite: bool,
+        forward_products: ForwardProducts,
         backward_products: BackwardProducts,
     ) -> Tensor:
         """`x_scale` is None where activations are not quantized; then `x_codes` is the input itself."""
-        output = functional.linear(x_codes.to(w_codes.dtype), w_codes)
-        if x_scale is None:
-            output = output.mul_(w_scale) if overwrite else output * w_scale
-        else:
-            output = scaled_rows(output, x_scale * w_scale, out=output if overwrite else None)
+        output = output_product(x_codes, x_scale, w_codes, w_scale, kind=forward_products, overwrite=overwrite)
         if bias is not None:
             output.add_(bias)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
@@ -79,7 +75,7 @@ class _IntegerMatmul(torch.autograd.Function):
             of_weight = grad_weight(grad, x_codes, x_scale, dtype=weight_dtype, kind=kind)
         if ctx.needs_input_grad[2]:
             of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
-        return of_x, of_weight, of_bias, None, None, None, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None, None, None, None
 
 
 class _OptimizerSteps:
@@ -158,6 +154,8 @@ class BitLinear(nn.Linear):
         """Keep codes between forward passes. Not where weights are sharded: all codes together are a whole model."""
         self.overwrites_products = True
         """Scale a product in place. Not where somebody keeps the product, as selective checkpointing does."""
+        self.forward_products: ForwardProducts = "float"
+        """In what the forward pass multiplies codes at lambda = 1."""
         self.backward_products: BackwardProducts = "exact"
         """In what the backward pass multiplies at lambda = 1; the reference path, below 1, is always exact."""
         self.gathered_scale: Tensor | None = None
@@ -263,8 +261,9 @@ class BitLinear(nn.Linear):
             x_codes, x_scale = codes.codes, codes.scale
         weight, bias = self._trained_weight(w_codes, w_scale, 1.0), self.folded_bias(w_codes)
         output: Any = _IntegerMatmul.apply(
-            input, weight, bias, x_codes, x_scale, w_codes, w_scale, self.overwrites_products, self.backward_products
-        )
+            input, weight, bias, x_codes, x_scale, w_codes, w_scale,
+            self.overwrites_products, self.forward_products, self.backward_products,
+        )  # fmt: skip
         return output
 
     def reference_forward(self, input: Tensor) -> Tensor:
@@ -325,11 +324,11 @@ def set_quantization(model: nn.Module, value: float) -> None:
             module.set_quantization(value)
 
 
-def set_backward_products(model: nn.Module, kind: BackwardProducts) -> None:
-    """Set in what every BitLinear's backward pass multiplies at lambda = 1; nothing else changes."""
+def set_products(model: nn.Module, forward: ForwardProducts, backward: BackwardProducts) -> None:
+    """Set in what every BitLinear multiplies at lambda = 1; nothing else changes."""
     for module in model.modules():
         if isinstance(module, BitLinear):
-            module.backward_products = kind
+            module.forward_products, module.backward_products = forward, backward
 
 
 def quantization_of(model: nn.Module) -> float:

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from wrinklefree.data.config import DataConfig, FinetuneData, PackingConfig, TextSource
 from wrinklefree.distillation.config import DistillationConfig, LayerwiseConfig
 from wrinklefree.models.config import Gain, ModelConfig, Placement
-from wrinklefree.quantization.options import BackwardProducts
+from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.training.device_kinds import DeviceName
 from wrinklefree.training.tracking_config import TrackingConfig
 from wrinklefree.utils.config import Config
@@ -117,6 +117,9 @@ class StageConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype; masters are always float32. auto: bfloat16 where the device multiplies it in hardware."""
+    forward_products: ForwardProducts = "float"
+    """In what a ternary layer multiplies its codes once lambda is 1. float: the compute dtype. int8: exact integers, which
+    GPUs of capability 7.5 and CPUs with int8 instructions multiply in hardware; not yet measured on a GPU."""
     backward_products: BackwardProducts = "exact"
     """In what the two products of a ternary layer's backward pass are made once lambda is 1. exact: the compute dtype. int8,
     fp8: gradients are rounded to a byte first, which changes them (measured: training_performance.md). int8 needs a GPU of
@@ -221,6 +224,7 @@ class PipelineConfig(Config):
     max_seq_length: int | None = Field(default=None, ge=8)
     grad_clip: float | None = Field(default=None, gt=0)
     dtype: Literal["auto", "bfloat16", "float32"] | None = None
+    forward_products: ForwardProducts | None = None
     backward_products: BackwardProducts | None = None
     activation_checkpointing: bool | None = None
     compile: Literal["auto"] | bool | None = None

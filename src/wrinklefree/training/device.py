@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
+from wrinklefree.models.byte_products import CPU_MULTIPLIES_INT8
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.llama import CausalLM
-from wrinklefree.quantization.options import BackwardProducts
+from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.training.device_kinds import kind_by_name
 from wrinklefree.utils.errors import ConfigError
 
@@ -18,7 +19,7 @@ logger = logging.getLogger(__name__)
 MODEL_FLOP_UTILIZATION = 0.15
 """Share of the measured matrix-multiplication rate that a small-model training step reaches (measured on CPUs)."""
 
-FIRST_CAPABILITY: dict[BackwardProducts, tuple[int, int]] = {"exact": (0, 0), "int8": (7, 5), "fp8": (8, 9)}
+FIRST_CAPABILITY = {"int8": (7, 5), "fp8": (8, 9)}
 """CUDA capability from which on a GPU multiplies the type in hardware: int8 from Turing, float8 from Ada on."""
 
 REFERENCE_GPU = "H100"
@@ -61,25 +62,30 @@ def choose_compute(dtype: Literal["auto", "bfloat16", "float32"]) -> Compute:
     return Compute(device, {"bfloat16": torch.bfloat16, "float32": torch.float32}[dtype])
 
 
-def check_backward_products(kind: BackwardProducts, device: torch.device) -> None:
-    """Refuse what the GPU does not have; on a CPU, say that nothing is gained.
+def check_products(forward: ForwardProducts, backward: BackwardProducts, device: torch.device) -> None:
+    """Refuse what the GPU does not have; say where a CPU gains nothing.
 
     Raises:
         ConfigError: the GPU lacks the type.
     """
-    if kind == "exact":
-        return
-    if device.type == "cpu":
-        how = "float8 is emulated on a CPU" if kind == "fp8" else "a CPU gains nothing from int8"
-        logger.warning("training.backward_products=%s: %s; use it to see what it costs, exact is faster", kind, how)
-        return
-    has, needed = torch.cuda.get_device_capability(device), FIRST_CAPABILITY[kind]
-    if has < needed:
-        instead = "int8 or exact" if kind == "fp8" and has >= FIRST_CAPABILITY["int8"] else "exact"
-        raise ConfigError(
-            f"training.backward_products={kind} needs a GPU of capability {needed[0]}.{needed[1]}, and this one has "
-            f"{has[0]}.{has[1]}: use training.backward_products={instead}"
-        )
+    for key, kind, usual in (
+        ("training.forward_products", forward, "float"), ("training.backward_products", backward, "exact"),
+    ):  # fmt: skip
+        if kind == usual:
+            continue
+        if device.type == "cpu":
+            if kind == "int8" and CPU_MULTIPLIES_INT8:
+                continue
+            how = "float8 is emulated on a CPU" if kind == "fp8" else "this CPU has no int8 instructions"
+            logger.warning("%s=%s: %s; use it to see what it costs, %s is faster", key, kind, how, usual)
+            continue
+        has, needed = torch.cuda.get_device_capability(device), FIRST_CAPABILITY[kind]
+        if has < needed:
+            instead = f"int8 or {usual}" if kind == "fp8" and has >= FIRST_CAPABILITY["int8"] else usual
+            raise ConfigError(
+                f"{key}={kind} needs a GPU of capability {needed[0]}.{needed[1]}, and this one has {has[0]}.{has[1]}: "
+                f"use {key}={instead}"
+            )
 
 
 def measured_flops_per_second(compute: Compute, size: int = 1024) -> float:

@@ -23,7 +23,7 @@ from wrinklefree.data.tasks import get_task
 from wrinklefree.distillation.teacher import Teacher
 from wrinklefree.models.artifact import read_artifact, write_artifact
 from wrinklefree.models.attention_backends import ChosenBackend, choose_backend
-from wrinklefree.models.bitlinear import set_backward_products, set_quantization
+from wrinklefree.models.bitlinear import set_products, set_quantization
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.hf import load_pretrained
 from wrinklefree.models.llama import CausalLM
@@ -52,7 +52,7 @@ from wrinklefree.training.config import (
 from wrinklefree.training.device import (
     REFERENCE_GPU,
     Compute,
-    check_backward_products,
+    check_products,
     choose_compute,
     count_parameters,
     estimated_seconds,
@@ -368,10 +368,10 @@ def _train(
     assert isinstance(training, StageConfig)
     compute = choose_compute(training.dtype)
     if plan.stage.ternary:
-        check_backward_products(training.backward_products, compute.device)
+        check_products(training.forward_products, training.backward_products, compute.device)
     student, tokenizer = load_student(plan, compute)
     model = student.model.train()
-    set_backward_products(model, training.backward_products)
+    set_products(model, training.forward_products, training.backward_products)
     model.activation_checkpointing = (
         "full" if training.activation_checkpointing else config.distributed.activation_checkpointing
     )

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmark.sharded_equality import ARCHITECTURE, Bed, Ranks, build
-from wrinklefree.models.bitlinear import set_backward_products
+from wrinklefree.models.bitlinear import set_products
 from wrinklefree.quantization.options import BackwardProducts
 
 FITTING = ARCHITECTURE.model_copy(update={"hidden_size": 32, "intermediate_size": 64, "head_dim": 8})
@@ -24,6 +24,6 @@ def test_sharded_losses_stay_near_those_of_exact_products(ranks: Ranks, kind: Ba
 def losses(kind: BackwardProducts) -> list[float]:
     """Of four steps, fully quantized."""
     trainer, refresh = build(Bed(steps=4, warmup=False, architecture=FITTING))
-    set_backward_products(trainer.model, kind)
+    set_products(trainer.model, "float", kind)
     refresh()
     return [trainer.train_step().loss for _ in range(4)]

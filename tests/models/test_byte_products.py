@@ -1,4 +1,4 @@
-"""Cheaper backward products: integers against numpy bit for bit, bounds on errors, and every way in which layers run."""
+"""Products in bytes, forward and backward: integers against numpy, bounds on errors, every way in which layers run."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,16 +10,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 
-from wrinklefree.models import backward_products
-from wrinklefree.models.backward_products import (
+from wrinklefree.models import byte_products
+from wrinklefree.models.bitlinear import BitLinear, set_products, set_quantization
+from wrinklefree.models.byte_products import (
     LONGEST_INT8_SUM,
     fits,
     float8_product,
     grad_input,
     grad_weight,
     integer_product,
+    output_product,
 )
-from wrinklefree.models.bitlinear import BitLinear, set_backward_products, set_quantization
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
@@ -83,7 +84,7 @@ def test_int8_equals_numpy_integers_bit_for_bit(dtype: torch.dtype) -> None:
 def test_both_ways_of_a_cpu_make_the_same_integers(
     monkeypatch: pytest.MonkeyPatch, multiplies_int8: bool, summed: int
 ) -> None:
-    monkeypatch.setattr(backward_products, "CPU_MULTIPLIES_INT8", multiplies_int8)
+    monkeypatch.setattr(byte_products, "CPU_MULTIPLIES_INT8", multiplies_int8)
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randint(-127, 128, (n, summed), generator=generator).to(torch.int8) for n in (17, 24))
     left[0], right[0], right[1] = 127, 127, -128  # the largest sums of all
@@ -95,7 +96,23 @@ def test_both_ways_of_a_cpu_make_the_same_integers(
 
 def test_the_longest_sum_fits_an_int32() -> None:
     assert LONGEST_INT8_SUM * 127 * 128 < 2**31 <= (LONGEST_INT8_SUM + 1) * 127 * 128
-    assert backward_products.EXACT_IN_FLOAT32 * 127 * 128 < 2**24
+    assert byte_products.EXACT_IN_FLOAT32 * 127 * 128 < 2**24
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, 14])
+def test_int8_forward_products_are_exact(tokens: int) -> None:
+    _, weight, x = operands(tokens)
+    how: Any = {"x_codes": x.codes, "x_scale": x.scale, "w_scale": weight.scale, "overwrite": True}
+    sums = x.codes.numpy().astype(np.int64) @ weight.codes.numpy().astype(np.int64).T
+    expected = sums.astype(np.float32) * (x.scale * weight.scale).numpy()
+    for kind in ("int8", "float"):
+        assert np.array_equal(output_product(w_codes=weight.codes.float(), kind=kind, **how).numpy(), expected)
+    narrow = weight.codes.to(torch.bfloat16)
+    rounded_once = torch.from_numpy(expected).to(torch.bfloat16)
+    once, twice = (output_product(w_codes=narrow, kind=kind, **how) for kind in ("int8", "float"))
+    assert torch.equal(once, rounded_once) == (tokens == TOKENS), "14 tokens do not fit"
+    assert not torch.equal(twice, rounded_once), "bfloat16 rounds the sum before the scale"
+    assert errors_of(twice.float(), rounded_once.float()) < 4e-3
 
 
 def test_float8_multiplies_what_the_types_hold() -> None:
@@ -193,6 +210,17 @@ def test_a_gradient_that_is_not_finite_stays_so(kind: BackwardProducts) -> None:
 # A layer, and a model.
 
 
+@pytest.mark.parametrize("bits", [8, 4, None])
+def test_a_layer_with_int8_forward_products_is_the_same_layer(bits: Any) -> None:
+    layer, x = make_layer(bits)
+    exact = layer_gradients(layer, layer, x)
+    set_products(layer, "int8", "exact")
+    for mine, theirs in zip(layer_gradients(layer, layer, x), exact, strict=True):
+        assert torch.equal(mine, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
 def layer_gradients(layer: BitLinear, call: Any, x: Tensor) -> list[Tensor]:
     layer.zero_grad()
     leaf = x.clone().requires_grad_()
@@ -213,7 +241,7 @@ def make_layer(bits: Any = 8) -> tuple[BitLinear, Tensor]:
 def test_a_layer_changes_nothing_but_the_two_products(bits: Any, kind: BackwardProducts) -> None:
     layer, x = make_layer(bits)
     exact = layer_gradients(layer, layer, x)
-    set_backward_products(layer, kind)
+    set_products(layer, "float", kind)
     output, of_x, of_weight, of_bias = layer_gradients(layer, layer, x)
     assert torch.equal(output, exact[0])
     assert torch.equal(of_bias, exact[3])
@@ -222,7 +250,7 @@ def test_a_layer_changes_nothing_but_the_two_products(bits: Any, kind: BackwardP
         assert torch.equal(of_weight, exact[2])
     else:
         assert 1e-3 < errors_of(of_weight, exact[2]) < 0.1
-    set_backward_products(layer, "exact")
+    set_products(layer, "float", "exact")
     for mine, theirs in zip(layer_gradients(layer, layer, x), exact, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -231,7 +259,7 @@ def test_below_lambda_one_the_option_does_nothing() -> None:
     layer, x = make_layer()
     set_quantization(layer, 0.5)
     exact = layer_gradients(layer, layer, x)
-    set_backward_products(layer, "int8")
+    set_products(layer, "float", "int8")
     for mine, theirs in zip(layer_gradients(layer, layer, x), exact, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -239,12 +267,12 @@ def test_below_lambda_one_the_option_does_nothing() -> None:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_gathered_weight_multiplies_like_a_whole_one(kind: BackwardProducts) -> None:
     layer, x = make_layer()
-    set_backward_products(layer, kind)
+    set_products(layer, "float", kind)
     expected = layer_gradients(layer, layer, x)
     ternary = layer.ternary()
     gathered, _ = make_layer()
     gathered.bias = layer.bias
-    set_backward_products(gathered, kind)
+    set_products(gathered, "float", kind)
     with torch.no_grad():
         gathered.weight.copy_(ternary.codes)
     gathered.gathered_scale = ternary.scale
@@ -266,7 +294,7 @@ def clean_compiler() -> Iterator[None]:
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_layer_is_one_graph(kind: BackwardProducts, backend: str) -> None:
     layer, x = make_layer()
-    set_backward_products(layer, kind)
+    set_products(layer, "float" if kind == "exact" else "int8", kind)
     plain = layer_gradients(layer, layer, x)
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for mine, theirs in zip(layer_gradients(layer, compiled, x), plain, strict=True):
@@ -290,7 +318,7 @@ ARCHITECTURE = Architecture(
 def make_model(kind: BackwardProducts) -> CausalLM:
     torch.manual_seed(0)
     model = CausalLM(ARCHITECTURE, BitNetSpec(placement="output", gain="ones", quantization_lambda=1.0)).train()
-    set_backward_products(model, kind)
+    set_products(model, "float", kind)
     return model
 
 
@@ -356,6 +384,16 @@ def test_float8_products_of_a_gpu_are_those_of_the_emulation(rows: int, summed: 
     expected = float8_product(left, right)
     # Tensor cores sum with fewer bits than float32 has.
     assert errors_of(float8_product(left.cuda(), right.cuda()).cpu(), expected) < 2e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA or torch.cuda.get_device_capability() < (7, 5), reason="needs a GPU with int8 products")
+def test_a_gpus_int8_forward_pass_is_the_cpus() -> None:
+    layer, x = make_layer()
+    set_products(layer, "int8", "exact")
+    with torch.no_grad():
+        expected = layer(x)
+        torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.gpu

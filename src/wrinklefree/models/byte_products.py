@@ -1,6 +1,9 @@
-"""The two products of a ternary layer's backward pass: in the compute dtype, or cheaper, in int8 or float8.
+"""The products of a ternary layer in bytes: Y = X W^T forward, and the two of the backward pass.
 
-With Y = X W^T, the gradient G of Y, and codes that multiply with scales to X (a scale a token) and W (one scale):
+Forward, codes of X and W are integers already: int8 products give the sums exactly, where a product in bfloat16 rounds each
+sum before the scales multiply it. In float32 both are equal bit for bit. Which is faster is the device's affair.
+
+Backward, with the gradient G of Y, and codes that multiply with scales to X (a scale a token) and W (one scale):
 
     dX = G W            = (G @ w_codes) * w_scale
     dW = G^T X          = (G * x_scale)^T @ x_codes
@@ -32,9 +35,10 @@ rounded, products are float32. So on a CPU the options show errors, and cost tim
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from wrinklefree.quantization.gradient_quant import gradient_to_float8, gradient_to_int8
-from wrinklefree.quantization.options import BackwardProducts
+from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.quantization.pieces import rows_for_product, scaled_rows
 
 FEWEST_INT8_ROWS = 17
@@ -59,6 +63,30 @@ def fits(kind: BackwardProducts, rows: int, summed: int, columns: int) -> bool:
     if min(rows, summed, columns) < 1 or summed % multiple or columns % multiple:
         return False
     return kind == "fp8" or (rows >= FEWEST_INT8_ROWS and summed <= LONGEST_INT8_SUM)
+
+
+def output_product(
+    x_codes: Tensor, x_scale: Tensor | None, w_codes: Tensor, w_scale: Tensor, *, kind: ForwardProducts, overwrite: bool
+) -> Tensor:
+    """Output without bias, [..., out_features], in the type of `w_codes`, the compute dtype.
+
+    Args:
+        x_codes: int8 [..., in_features]; the input itself where it is not quantized.
+        x_scale: float32 [..., 1]; None where the input is not quantized: then the product is made in the compute dtype.
+        w_codes: -1, 0 and 1, [out_features, in_features].
+        w_scale: float32, 0-dimensional.
+        kind: How to multiply, where it fits.
+        overwrite: Scale a product where it lies.
+    """
+    if x_scale is None:
+        product = functional.linear(x_codes.to(w_codes.dtype), w_codes)
+        return product.mul_(w_scale) if overwrite else product * w_scale
+    tokens, (columns, summed) = x_codes.numel() // x_codes.shape[-1], w_codes.shape
+    if kind == "int8" and fits("int8", tokens, summed, columns):
+        sums = integer_product(x_codes.reshape(tokens, summed), w_codes.to(torch.int8)).to(torch.float32)
+        return sums.mul_(x_scale.reshape(tokens, 1) * w_scale).to(w_codes.dtype).reshape(*x_codes.shape[:-1], columns)
+    product = functional.linear(x_codes.to(w_codes.dtype), w_codes)
+    return scaled_rows(product, x_scale * w_scale, out=product if overwrite else None)
 
 
 def grad_input(
