@@ -53,6 +53,8 @@ _FEWEST_ROWS = 256
 """`head_losses.FEWEST_ROWS_A_CHUNK`."""
 _VOCABULARY_BLOCKS = 10 * 2**20
 """Scratch of `vocabulary_blocks`: float32 blocks of 512 rows and words, and their products."""
+_KEPT_SHARE = 0.4
+"""`vocabulary_blocks.KEPT_SHARE`."""
 
 
 @dataclass(frozen=True)
@@ -351,8 +353,11 @@ def head_workspace(workload: Workload) -> int:
         and workload.teacher != "cached"
         and not workload.logit_lens
     ):
-        # Blocks of the vocabulary as well: states in the compute dtype, a handful of float32 blocks.
-        return (4 + c) * positions * hidden * (2 if with_teacher else 1) + _VOCABULARY_BLOCKS
+        # Blocks of the vocabulary as well: states in the compute dtype, a handful of float32 blocks, and logits that are
+        # kept (not on a CPU with bfloat16 tiles, but the plan may be made elsewhere).
+        models = 2 if with_teacher else 1
+        kept_rows = min(positions, 512, max(16, int(_KEPT_SHARE * hidden * 4 / (models * c))))
+        return models * ((4 + c) * positions * hidden + c * kept_rows * vocabulary) + _VOCABULARY_BLOCKS
     rows = min(positions, fitting)
     cast = 2 * vocabulary * hidden if c == 2 else 0
     several = positions > rows
