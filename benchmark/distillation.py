@@ -1,7 +1,7 @@
 """Stage 3's step: what distilling costs beyond its two models, and the whole step against one composed of others' parts.
 
     uv run python -m benchmark.distillation                       # SmolLM2-135M's shape, 1024 tokens in 4 documents
-    uv run python -m benchmark.distillation --layers 6 --rounds 5
+    uv run python -m benchmark.distillation --layers 6 --only parts --dtype float32
 
 The first table: a distillation step (teacher forward, student forward, CE + KL in one chunked pass, backward) against the
 sum of its parts (the teacher's forward pass with its logits, and the student's step with cross-entropy alone).
@@ -36,6 +36,11 @@ from wrinklefree.utils.allocator import keep_large_buffers
 TEMPERATURE = 5.0
 
 
+def autocast(dtype: torch.dtype) -> torch.autocast:
+    """As in training: on for bfloat16."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 def packed_batch(tokens: int, documents: int, vocabulary: int) -> Batch:
     """One row of random documents."""
     ids = torch.randint(0, vocabulary, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
@@ -59,10 +64,11 @@ def dense_losses(logits: Tensor, taught: Tensor, labels: Tensor) -> Tensor:
 
 
 class Distillation:
-    """A student, a full-precision teacher of the same shape, one batch, autocast bfloat16 over float32 parameters."""
+    """A student, a full-precision teacher of the same shape, one batch, autocast bfloat16 or none, float32 parameters."""
 
-    def __init__(self, architecture: Architecture, batch: Batch) -> None:
+    def __init__(self, architecture: Architecture, batch: Batch, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
+        self.dtype = dtype
         self.student = CausalLM(architecture, BitNetSpec(placement="output", gain="ones", quantization_lambda=1.0))
         self.naive = naive(self.student)
         self.teacher = Teacher(CausalLM(architecture))
@@ -73,7 +79,7 @@ class Distillation:
         model.zero_grad(set_to_none=True)
         if any(isinstance(module, BitLinear) for module in model.modules()):
             set_quantization(model, 1.0)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(self.dtype):
             value = loss(model(self.batch))
         value.backward()
 
@@ -86,7 +92,7 @@ class Distillation:
 
     def teacher_forward(self) -> None:
         """The teacher's forward pass, with logits."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(self.dtype):
             output = self.teacher(self.batch, Wants())
             with torch.no_grad():
                 functional.linear(output.hidden, output.head_weight)
@@ -97,7 +103,7 @@ class Distillation:
 
     def step(self) -> None:
         """The distillation step."""
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(self.dtype):
             taught = self.teacher(self.batch, Wants())
         counted = torch.ones_like(self.labels, dtype=torch.bool)
         soft = SoftTargets(taught.hidden.flatten(0, 1), taught.head_weight, counted, TEMPERATURE, t_squared=False)
@@ -105,7 +111,7 @@ class Distillation:
 
     def naive_step(self) -> None:
         """The same with layers of tensor operations and dense logits."""
-        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        with autocast(self.dtype), torch.no_grad():
             taught = self.teacher(self.batch, Wants())
             logits = functional.linear(taught.hidden, taught.head_weight).flatten(0, 1)
         self._backward(
@@ -119,7 +125,8 @@ class Distillation:
 class Composed:
     """The step as one would put it together from transformers."""
 
-    def __init__(self, architecture: Architecture, batch: Batch) -> None:
+    def __init__(self, architecture: Architecture, batch: Batch, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         transformers = import_module("transformers")
         layer = import_module("transformers.integrations.bitnet").AutoBitLinear
         config = transformers.LlamaConfig(
@@ -149,7 +156,7 @@ class Composed:
     def step(self) -> None:
         """Teacher, student, dense losses, backward."""
         self.student.zero_grad(set_to_none=True)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast(self.dtype):
             with torch.no_grad():
                 taught = self._logits(self.teacher)
             loss = dense_losses(self._logits(self.student), taught, self.batch.labels.flatten())
@@ -174,6 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--documents", type=int, default=4)
     parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="add ours with training.compile to the second table")
@@ -183,11 +191,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_large_buffers()
     architecture = smollm2_shape(arguments.layers, vocabulary=arguments.vocabulary)
     batch = packed_batch(arguments.tokens, arguments.documents, arguments.vocabulary)
-    ours = Distillation(architecture, batch)
+    dtype = getattr(torch, arguments.dtype)
+    ours = Distillation(architecture, batch, dtype)
     out = sys.stdout.write
     out(
         f"stage 3, {arguments.layers} blocks of SmolLM2-135M, {arguments.tokens} tokens in {arguments.documents} documents, "
-        f"{arguments.vocabulary} words, bfloat16, {arguments.threads} thread(s), torch {torch.__version__}\n\n"
+        f"{arguments.vocabulary} words, {arguments.dtype}, {arguments.threads} thread(s), torch {torch.__version__}\n\n"
     )
     if arguments.only != "whole":
         times = interleaved(
@@ -208,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         out("\n")
     if arguments.only != "parts":
-        other = Composed(architecture, batch)
+        other = Composed(architecture, batch, dtype)
         steps = {
             f"transformers {installed('transformers')}, AutoBitLinear, dense KL": with_update(
                 other.student, other.step
@@ -217,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         models = dict(zip(steps, (other.student, ours.student), strict=True))
         if arguments.compiled:
-            compiled = Distillation(architecture, batch)
+            compiled = Distillation(architecture, batch, dtype)
             compiled.student.compile_blocks(1, arguments.tokens, gradients=True)
             teacher = compiled.teacher.model
             assert isinstance(teacher, CausalLM)

@@ -134,17 +134,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: AttentionPlan) -> Te
         return attend_by_blocks(query, key, value, plan.blocks)
     if plan.rows is None:
         return _scaled_dot_product(query, key, value, plan.mask, plan.is_causal)
+    # Split, not sliced: the gradient of each slice would be a tensor of zeros of the whole batch's size.
     rows: list[Tensor] = []
-    for row, runs in enumerate(plan.rows):
-        parts: list[Tensor] = []
-        for run in runs:
-            here = (slice(row, row + 1), slice(None), slice(run.start, run.end))
-            if run.is_padding:  # attends to itself only: its own value
-                parts.append(value[here].repeat_interleave(query.shape[1] // key.shape[1], dim=1))
-            else:
-                parts.append(_scaled_dot_product(query[here], key[here], value[here], is_causal=True))
-        rows.append(torch.cat(parts, dim=2))
+    for runs, *states in zip(plan.rows, query.split(1), key.split(1), value.split(1), strict=True):
+        lengths = [run.end - run.start for run in runs]
+        pieces = zip(runs, *(state.split(lengths, dim=2) for state in states), strict=True)
+        rows.append(torch.cat([_attend_run(*piece) for piece in pieces], dim=2))
     return torch.cat(rows)
+
+
+def _attend_run(run: Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    if run.is_padding:  # attends to itself only: its own value
+        return value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    return _scaled_dot_product(query, key, value, is_causal=True)
 
 
 def rotary_frequencies(architecture: Architecture, device: torch.device) -> Tensor:
