@@ -366,3 +366,13 @@ def test_weights_take_two_bits(packed: PackedModel) -> None:
     tiles = sum(linear.tiles.nbytes for linear in packed.linears.values())
     assert weights / 4 <= tiles < weights / 4 * 1.5  # small rows are padded to 64
     assert packed.nbytes > tiles
+
+
+def test_small_projections_lie_in_the_order_of_a_step(packed: PackedModel) -> None:
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    names += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    layers = range(packed.architecture.num_hidden_layers)
+    tiles = [packed.linears[f"model.layers.{layer}.{name}"].tiles for layer in layers for name in names]
+    starts = [array.ctypes.data for array in tiles]
+    ends = [start + array.nbytes for start, array in zip(starts, tiles, strict=True)]
+    assert starts[1:] == ends[:-1]

@@ -9,7 +9,7 @@ multiplied by 14-bit activations.
 import ctypes
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +34,15 @@ from wrinklefree.serving.engine.native.library import (
     chosen_isa,
     load_library,
 )
-from wrinklefree.serving.engine.native.pack import PackedLinear, pack_bytes, pack_linear, pack_nibbles, padded_vector
+from wrinklefree.serving.engine.native.pack import (
+    HUGE_PAGE,
+    PackedLinear,
+    one_after_another,
+    pack_bytes,
+    pack_linear,
+    pack_nibbles,
+    padded_vector,
+)
 from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError
 
 HeadType = Literal["int8", "int4", "f16", "f32"]
@@ -149,6 +157,7 @@ class PackedModel:
                 f"the model lacks {len(wanted)} tensors (first: {next(iter(wanted))}); write it again"
             )
         packed._attach_biases()
+        packed.settle()
         if packed.head_rows is None:
             assert packed.embedding is not None
             packed._place_head(packed.embedding)
@@ -160,6 +169,22 @@ class PackedModel:
         arrays = [*self.vectors.values(), self.embedding, self.head_rows, self.head_scales]
         arrays += [array for linear in self.linears.values() for array in (linear.tiles, linear.bias)]
         return sum({id(array): array.nbytes for array in arrays if array is not None}.values())
+
+    def settle(self) -> None:
+        """Lay small projections one after the other, in the order in which a step reads them.
+
+        Each by itself would lie in small pages, and what is fetched ahead of one's end would not be the next one's start:
+        4 to 9% of a 135M model's decoding.
+        """
+        order = [
+            f"model.layers.{index}.{name}"
+            for index in range(self.architecture.num_hidden_layers)
+            for name in _PROJECTIONS
+        ]
+        small = [stem for stem in order if self.linears[stem].tiles.nbytes < HUGE_PAGE]
+        copies = one_after_another([self.linears[stem].tiles for stem in small])
+        for stem, tiles in zip(small, copies, strict=True):
+            self.linears[stem] = replace(self.linears[stem], tiles=tiles)
 
     def _place(self, name: str, tensor: Tensor | Ternary) -> None:
         stem, _, kind = name.rpartition(".")
@@ -191,7 +216,7 @@ class PackedModel:
         for stem, linear in self.linears.items():
             bias = self.vectors.pop(f"{stem}.bias", None)
             if bias is not None:
-                self.linears[stem] = PackedLinear(linear.tiles, linear.scale, linear.rows, linear.columns, bias)
+                self.linears[stem] = replace(linear, bias=bias)
 
 
 class NativeModel:

@@ -54,6 +54,19 @@ def huge_array(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
     return np.frombuffer(memory, dtype, count=int(np.prod(shape)), offset=start).reshape(shape)
 
 
+def one_after_another(arrays: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """Copies of small arrays in huge pages that they share; each starts at a cache line."""
+    starts = [0]
+    for array in arrays:
+        starts.append(starts[-1] + padded(array.nbytes))
+    memory = huge_array((starts[-1],), np.uint8)
+    copies: list[NDArray[np.uint8]] = []
+    for start, array in zip(starts, arrays, strict=False):
+        copies.append(memory[start : start + array.nbytes].reshape(array.shape))
+        copies[-1][:] = array
+    return copies
+
+
 def padded_vector(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32 with zeros up to a multiple of 64."""
     result = np.zeros(padded(len(values)), np.float32)

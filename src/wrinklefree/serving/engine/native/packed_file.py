@@ -166,6 +166,7 @@ def read_packed(path: Path, architecture: Architecture, bitnet: BitNetSpec, head
                 _place(packed, name, array, scales, shapes)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise StaleFileError(f"its header is damaged: {error!r}") from error
+    packed.settle()
     if packed.head_rows is None:
         packed.head_rows = packed.embedding
     return packed
