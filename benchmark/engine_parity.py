@@ -1,11 +1,13 @@
 """Whether the CPU engine computes what was trained: its logits against the PyTorch student's, on real text.
 
     uv run python -m benchmark.engine_parity outputs/checkpoint-final --tokens 12000
+    uv run python -m benchmark.engine_parity outputs/checkpoint-final --tokens 12000 --blocks
 
 The text is the language reference that Python carries with it. The same text goes through the PyTorch model at lambda = 1 in
 windows of 256 tokens, and through the engine with each precision of head and cache. A token whose two best logits are closer
 than 0.02 is a near-tie. The first row is the yardstick: a value that two correct programs compute with other last bits may
-round to another activation code, and a model amplifies that; PyTorch differs from itself on another CPU.
+round to another activation code, and a model amplifies that; PyTorch differs from itself on other vector instructions.
+`--blocks` takes the amplification away: every block alone, on the hidden states that PyTorch's own block read.
 """
 
 import argparse
@@ -14,20 +16,22 @@ import pydoc_data.topics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from wrinklefree.models.artifact import read_artifact
+from benchmark import engine_blocks
+from benchmark.engine_blocks import WINDOW
+from wrinklefree.models.artifact import Artifact, read_artifact, resolve_artifact
 from wrinklefree.models.bitlinear import set_quantization
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
 from wrinklefree.models.subln import set_subln_strength
 from wrinklefree.serving.engine.native.model import CacheType, HeadType, NativeModel, NativeOptions, PackedModel
 
-WINDOW = 256
 NEAR_TIE = 0.02
 PRECISIONS: tuple[tuple[HeadType, CacheType], ...] = (("f32", "f32"), ("f16", "f16"), ("int8", "f32"), ("int8", "f16"))
 
@@ -39,14 +43,18 @@ def reference(model: CausalLM, ids: list[int]) -> NDArray[np.float32]:
     return model(Batch(row, row, torch.arange(len(ids))[None], torch.ones_like(row))).logits()[0].numpy()
 
 
-def on_another_cpu(artifact: Path, tokens: int, count: int) -> list[NDArray[np.float32]]:
-    """The PyTorch model's own logits when PyTorch is held to AVX2: other widths, other last bits."""
+def other_instructions() -> str:
+    """What PyTorch is held to for the yardstick: AVX2, or no vectors where AVX2 is what it has."""
+    return "avx2" if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else "default"
+
+
+def on_other_instructions(artifact: Path, arguments: Sequence[str]) -> NDArray[np.float32]:
+    """What `--save` writes when PyTorch is held to other vector instructions: other widths, other last bits."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "logits.npy"
-        command = [sys.executable, "-m", "benchmark.engine_parity", str(artifact), "--tokens", str(tokens)]
-        environment = os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}
-        subprocess.run([*command, "--save", str(path)], check=True, env=environment)
-        return np.array_split(np.load(path), range(WINDOW, tokens, WINDOW))[:count]
+        path = Path(folder) / "saved.npy"
+        command = [sys.executable, "-m", "benchmark.engine_parity", str(artifact), *arguments, "--save", str(path)]
+        subprocess.run(command, check=True, env=os.environ | {"ATEN_CPU_CAPABILITY": other_instructions()})
+        return np.load(path)
 
 
 class Comparison:
@@ -85,34 +93,27 @@ def cross_entropy(logits: NDArray[np.float32], ids: list[int]) -> float:
     return float(torch.nn.functional.cross_entropy(values, torch.tensor(ids[1:]), reduction="sum"))
 
 
-def main() -> None:
-    """Print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--tokens", type=int, default=12000)
-    parser.add_argument("--save", type=Path, default=None, help="write PyTorch's logits to this file and stop")
-    arguments = parser.parse_args()
-    artifact = read_artifact(arguments.artifact)
-    model = artifact.load_model().eval()
-    set_quantization(model, 1.0)
-    set_subln_strength(model, 1.0)
+def read_text(artifact: Artifact, tokens: int) -> list[list[int]]:
+    """The text's first tokens, in windows."""
     text = "\n\n".join(pydoc_data.topics.topics.values())
-    ids = artifact.load_tokenizer().encode(text[: 10 * arguments.tokens])[: arguments.tokens]
-    windows = [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
+    ids = artifact.load_tokenizer().encode(text[: 10 * tokens])[:tokens]
+    return [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
+
+
+def compare_logits(model: CausalLM, windows: list[list[int]], folder: Path) -> None:
+    """Print the table of the whole model."""
+    count = sum(map(len, windows))
     expected = [reference(model, window) for window in windows]
-    if arguments.save is not None:
-        np.save(arguments.save, np.concatenate(expected))
-        return
     loss = sum(cross_entropy(logits, window) for logits, window in zip(expected, windows, strict=True))
     sys.stdout.write(
         "| head, cache | tokens | same best token | differ, near-ties aside | median relative error | mean | largest | "
-        f"perplexity (PyTorch {np.exp(loss / (len(ids) - len(windows))):.4f}) |\n|---|---|---|---|---|---|---|---|\n"
+        f"perplexity (PyTorch {np.exp(loss / (count - len(windows))):.4f}) |\n|---|---|---|---|---|---|---|---|\n"
     )
     itself = Comparison()
-    others = on_another_cpu(arguments.artifact, len(ids), len(windows))
+    others = np.split(on_other_instructions(folder, ["--tokens", str(count)]), _ends(windows))
     for window, found, logits in zip(windows, others, expected, strict=True):
         itself.add(found, logits, window)
-    sys.stdout.write(itself.row("PyTorch itself, held to AVX2") + "\n")
+    sys.stdout.write(itself.row(f"PyTorch itself, held to {other_instructions()}") + "\n")
     for head, cache in PRECISIONS:
         native = NativeModel(PackedModel.from_model(model, head), NativeOptions(WINDOW, max_tokens=WINDOW, cache=cache))
         comparison = Comparison()
@@ -122,5 +123,50 @@ def main() -> None:
         sys.stdout.flush()
 
 
+def compare_blocks(model: CausalLM, windows: list[list[int]], folder: Path) -> None:
+    """Print the table of the blocks, each alone."""
+    states = [engine_blocks.hidden_states(model, window) for window in windows]
+    sys.stdout.write(engine_blocks.HEADER + "\n")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "states.npy"
+        np.save(path, np.concatenate(states, axis=1))
+        saved = on_other_instructions(folder, ["--tokens", str(sum(map(len, windows))), "--states", str(path)])
+    itself = engine_blocks.errors(states, np.split(saved, _ends(windows), axis=1))
+    label = f"PyTorch itself, held to {other_instructions()}"
+    sys.stdout.write("\n".join(engine_blocks.rows(label, itself)) + "\n")
+    sys.stdout.flush()
+    sys.stdout.write("\n".join(engine_blocks.rows("the engine", engine_blocks.engine_errors(model, states))) + "\n")
+
+
+def _ends(windows: list[list[int]]) -> NDArray[np.int64]:
+    return np.cumsum([len(window) for window in windows])[:-1]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--tokens", type=int, default=12000)
+    parser.add_argument("--blocks", action="store_true", help="compare every block alone, not the whole model")
+    parser.add_argument("--save", type=Path, default=None, help="write what PyTorch computes to this file and stop")
+    parser.add_argument("--states", type=Path, default=None, help="with --save: hidden states that the blocks read")
+    given = parser.parse_args(arguments)
+    artifact = read_artifact(resolve_artifact(given.artifact))
+    model = artifact.load_model().eval()
+    set_quantization(model, 1.0)
+    set_subln_strength(model, 1.0)
+    windows = read_text(artifact, given.tokens)
+    if given.save is not None and given.states is not None:
+        states = np.split(np.load(given.states), _ends(windows), axis=1)
+        np.save(given.save, np.concatenate([engine_blocks.torch_outputs(model, part) for part in states], axis=1))
+    elif given.save is not None:
+        np.save(given.save, np.concatenate([reference(model, window) for window in windows]))
+    elif given.blocks:
+        compare_blocks(model, windows, given.artifact)
+    else:
+        compare_logits(model, windows, given.artifact)
+    return 0
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
