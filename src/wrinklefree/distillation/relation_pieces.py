@@ -10,12 +10,13 @@ Shapes: B rows, H heads, T positions.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from wrinklefree.models.runs import Run, find_runs
 
 CPU_BLOCK_BYTES = 2**20
-"""Bytes of one float32 block of scores on a CPU, where a few of them should stay in the cache."""
+"""Bytes a thread of one float32 block of scores on a CPU, where a few of them should stay in the threads' caches."""
 DEFAULT_BLOCK_BYTES = 256 * 2**20
 """On every other device: accelerators need larger blocks to be busy."""
 CPU_ROWS = 128
@@ -63,6 +64,7 @@ def whole_batch(states: Tensor, documents: Tensor | None, block_rows: int | None
 def document_pieces(states: Tensor, documents: Tensor | None, block_rows: int | None) -> Iterator[Piece]:
     """A piece a document and group of heads; padding is in none. Reads the documents."""
     rows, heads, length, _ = states.shape
+    budget = CPU_BLOCK_BYTES * torch.get_num_threads()
     runs = ((Run(0, length, is_padding=False),),) * rows if documents is None else find_runs(documents)
     for row, runs_of_row in enumerate(runs):
         for run in runs_of_row:
@@ -70,7 +72,7 @@ def document_pieces(states: Tensor, documents: Tensor | None, block_rows: int | 
                 continue
             size = run.end - run.start
             height = min(size, block_rows or CPU_ROWS)
-            together = max(1, CPU_BLOCK_BYTES // (4 * height * size))
+            together = max(1, budget // (4 * height * size))
             for head in range(0, heads, together):
                 place = (slice(row, row + 1), slice(head, min(head + together, heads)), slice(run.start, run.end))
                 yield Piece(place, size, height, None)
