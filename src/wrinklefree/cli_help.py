@@ -113,7 +113,7 @@ EVALUATION_KEYS = {
     "tasks=[text,recall]": "text (bits per byte of data=, perplexity), task names, lm_eval:NAME",
     "split=validation": "instead of test",
     "max_tokens=50000": "held-out tokens of text",
-    "max_examples=500": "first examples of each task; null: all",
+    "max_examples=500": "examples of each task, spread evenly; null: all",
     "max_seq_length=512": "tokens a row; null: 512, or the model's context if shorter",
     "max_new_tokens=64": "length of generated responses",
     "output=FILE": "where the JSON goes (evaluation.json in output_dir)",

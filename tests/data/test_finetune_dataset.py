@@ -16,6 +16,7 @@ from wrinklefree.data.finetune_dataset import (
     encode_examples,
     encode_prompt,
     finetune_stream,
+    spread,
     task_examples,
 )
 from wrinklefree.data.streams import merge_states
@@ -236,3 +237,13 @@ def test_best_fit_wastes_no_more_than_first_fit(tokenizer: Tokenizer) -> None:
             stream.next_batch()
         shares.append(stream.padding_share)
     assert 0 < shares[1] <= shares[0]
+
+
+def test_some_examples_of_a_sorted_file_are_of_all_its_classes() -> None:
+    responses = "a" * 300 + "b" * 150 + "c" * 51
+    examples = [Example("", str(number), "", response) for number, response in enumerate(responses)]
+    assert spread(examples, None) == examples
+    assert spread(examples, 600) == examples
+    assert spread(examples, 0) == []
+    assert [int(example.passage) for example in spread(examples, 5)] == [0, 100, 200, 300, 400]
+    assert Counter(example.response for example in spread(examples, 60)) == {"a": 36, "b": 18, "c": 6}

@@ -188,6 +188,13 @@ def task_examples(config: FinetuneData, split: Split) -> list[Example]:
     return [examples[index] for index in order[: config.max_examples]]
 
 
+def spread(examples: Sequence[Example], most: int | None) -> Sequence[Example]:
+    """At most so many examples, evenly spread over all of them: what a task lists is often sorted by class."""
+    if most is None or len(examples) <= most:
+        return examples
+    return [examples[index * len(examples) // most] for index in range(most)]
+
+
 def encode_examples(task: Task, examples: Sequence[Example], tokenizer: Tokenizer, max_seq_length: int) -> list[Piece]:
     """Start token, prompt and response of each example. The response is the target; free text ends with an end."""
     parts = [text for e in examples for text in (e.before, e.passage, e.after, e.response)]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from wrinklefree.data.config import PretrainData
+from wrinklefree.data.finetune_dataset import spread
 from wrinklefree.data.pretrain_dataset import held_out_rows
 from wrinklefree.data.tasks import get_task
 from wrinklefree.models.artifact import POINTERS, read_artifact, resolve_artifact
@@ -222,7 +223,7 @@ def _score_text(
 
 def _score_task(subject: Subject, name: str, command: EvaluationCommand, length: int, compute: Compute) -> TaskScore:
     task = get_task(name)
-    examples = task.load(command.split)[: command.max_examples]
+    examples = spread(task.load(command.split), command.max_examples)
     if task.kind == "classification":
         return score_task(subject.model, subject.tokenizer, task, examples, max_seq_length=length, compute=compute)
     if not examples:

@@ -32,7 +32,7 @@ class EvaluationCommand(Config):
     max_tokens: int = Field(default=50_000, ge=1)
     """Held-out tokens of text."""
     max_examples: int | None = Field(default=None, ge=1)
-    """First examples of each task; null: all."""
+    """Examples of each task, spread evenly over the split; null: all."""
     max_seq_length: int | None = Field(default=None, ge=8)
     """Tokens a row; null: 512, or the model's context where that is shorter."""
     max_new_tokens: int = Field(default=64, ge=1)

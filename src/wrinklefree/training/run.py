@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from wrinklefree.data.config import FinetuneData, PretrainData
-from wrinklefree.data.finetune_dataset import finetune_stream, task_examples
+from wrinklefree.data.finetune_dataset import finetune_stream, spread, task_examples
 from wrinklefree.data.prefetch import PrefetchedStream
 from wrinklefree.data.pretrain_dataset import held_out_rows, pretrain_stream, training_documents
 from wrinklefree.data.streams import BatchStream
@@ -592,7 +592,7 @@ def make_validation(
             )
     if isinstance(config.data, FinetuneData) and training.evaluation.max_examples:
         task = get_task(config.data.task)
-        examples = task_examples(config.data, "validation")[: training.evaluation.max_examples]
+        examples = spread(task_examples(config.data, "validation"), training.evaluation.max_examples)
 
         def answers() -> Mapping[str, float]:
             score = score_task(

@@ -18,6 +18,7 @@ import torch
 
 from wrinklefree.composition import compose, compose_tree
 from wrinklefree.data.config import FinetuneData, PretrainData
+from wrinklefree.data.finetune_dataset import spread
 from wrinklefree.data.pretrain_dataset import HeldOut, held_out_rows
 from wrinklefree.data.tasks import Task, get_task
 from wrinklefree.models.artifact import read_artifact
@@ -382,7 +383,7 @@ def task_measures(
     compute: Compute,
 ) -> list[Measure]:  # fmt: skip
     """The metric by example and macro-F1 of a classification; bits per byte of the references of a generation."""
-    examples = task.load("test")[:max_examples]
+    examples = spread(task.load("test"), max_examples)
     if task.kind == "generation":
         responses = score_responses(model, tokenizer, task, examples, max_seq_length=max_seq_length, compute=compute)
         return [_bits_measure(f"{task.name} {RESPONSE_BITS}", responses)]
