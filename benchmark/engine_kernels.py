@@ -2,10 +2,10 @@
 
     uv run python -m benchmark.engine_kernels
 
-One thread. A product with one token reads weights that are in no cache (matrices are taken in turns out of `--megabytes`) and
-is compared with a loop that only reads; a product with many tokens is compared with the instruction that it is made of, run
-out of registers. Measurements take turns; every figure is the best round's, shares are of the same round, and their median
-counts. The compiler is the engine's own choice ($CC, else zig, else the system's).
+One thread, and at the end what a second one can add. A product with one token reads weights that are in no cache (matrices are
+taken in turns out of `--megabytes`) and is compared with a loop that only reads; a product with many tokens is compared with
+the instruction that it is made of, run out of registers. Measurements take turns; every figure is the best round's, shares
+are of the same round, and their median counts. The compiler is the engine's own choice ($CC, else zig, else the system's).
 """
 
 import argparse
@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import CDLL, c_char_p, c_int32, c_size_t, c_uint64, c_void_p
 from functools import partial
 from pathlib import Path
@@ -128,6 +129,30 @@ def measure(library: CDLL, isa: str, arguments: argparse.Namespace) -> None:
         sys.stdout.flush()
 
 
+def two_threads(library: CDLL, isa: str, rounds: int) -> tuple[float, float]:
+    """What two threads get of the multiply instruction and of reading, over what one gets: the most that an engine can."""
+    memory = huge_array((256 << 20,), np.uint8)
+    memory[:] = 1
+    half = memory.nbytes // 2
+
+    def wall(call: Callable[[int], object], threads: int) -> float:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(call, range(threads)))
+        return time.perf_counter() - start
+
+    def multiply(_: int) -> None:
+        library.bench_peak(isa.encode(), 20_000_000)
+
+    def read(thread: int) -> None:
+        library.bench_read(memory.ctypes.data + thread * half, half, 2048)
+
+    def gain(call: Callable[[int], object]) -> float:
+        return statistics.median(2 * wall(call, 1) / wall(call, 2) for _ in range(rounds))
+
+    return gain(multiply), gain(read)
+
+
 def main() -> None:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -144,6 +169,10 @@ def main() -> None:
         library = compiled(Path(folder))
         for isa in isas:
             measure(library, isa, arguments)
+        multiply, read = two_threads(library, isas[0], arguments.rounds)
+    sys.stdout.write(
+        f"\nTwo threads over one: {multiply:.2f} of {isas[0]}'s multiply instruction, {read:.2f} of reading.\n"
+    )
 
 
 if __name__ == "__main__":
