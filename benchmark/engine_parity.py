@@ -33,7 +33,9 @@ from wrinklefree.models.subln import set_subln_strength
 from wrinklefree.serving.engine.native.model import CacheType, HeadType, NativeModel, NativeOptions, PackedModel
 
 NEAR_TIE = 0.02
-PRECISIONS: tuple[tuple[HeadType, CacheType], ...] = (("f32", "f32"), ("f16", "f16"), ("int8", "f32"), ("int8", "f16"))
+PRECISIONS: tuple[tuple[HeadType, CacheType], ...] = (
+    ("f32", "f32"), ("f16", "f16"), ("int8", "f32"), ("int8", "f16"), ("int8", "int8"), ("int4", "f16"),
+)  # fmt: skip
 
 
 @torch.inference_mode()

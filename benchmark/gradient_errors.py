@@ -23,8 +23,8 @@ from torch import Tensor
 from benchmark.step import Step, random_batch, smollm2_shape
 from benchmark.timing import relative_error
 from wrinklefree.models.artifact import read_artifact
-from wrinklefree.models.byte_products import grad_input, grad_weight
 from wrinklefree.models.bitlinear import BitLinear, set_quantization
+from wrinklefree.models.byte_products import grad_input, grad_weight
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
