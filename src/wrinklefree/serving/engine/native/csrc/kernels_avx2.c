@@ -42,7 +42,7 @@ enum { CHUNK = 16 /* steps that 16 bits hold; also what is widened at once */ };
 #define WIDEN(i) total[i] = _mm256_add_epi32(total[i], _mm256_madd_epi16(s##i, ones));
 #define CODES(t) broadcast(codes + (t) * stride + 4 * g)
 
-/* `tokens` is 1, 2 or 4; `part` of a tile: 0; one of two halves; or half + 2 * (upper planes). */
+/* `tokens` is 1, 2 or 4, and so is the number of parts of a tile: all of it; a half; a half + 2 * (its upper two planes). */
 INLINE void ternary_part(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, const int tokens, const int part,
                          __m256i *total) {
     const __m256i low = _mm256_set1_epi8(3), high = _mm256_set1_epi8(12), ones = _mm256_set1_epi16(1);
@@ -176,7 +176,7 @@ INLINE __m256i multipliers_of(const uint8_t *rows) {
     return _mm256_or_si256(m, _mm256_slli_epi32(m, 16));
 }
 
-/* One group of half a tile's bytes (all rows of one token: both halves have a pass; 32 rows of two): sums of four vectors. */
+/* One group for 32 of the rows: four vectors of 8 rows for each token. */
 INLINE void nibbles_part(const uint8_t *tiles, const int8_t *codes, size_t stride, const int tokens, const int half, __m256i *total) {
     const __m256i low = _mm256_set1_epi8(15);
     EIGHT(ZERO)
