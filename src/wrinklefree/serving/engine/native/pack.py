@@ -61,7 +61,7 @@ def one_after_another(arrays: list[NDArray[np.uint8]]) -> list[NDArray[np.uint8]
         starts.append(starts[-1] + padded(array.nbytes))
     memory = huge_array((starts[-1],), np.uint8)
     copies: list[NDArray[np.uint8]] = []
-    for start, array in zip(starts, arrays, strict=False):
+    for start, array in zip(starts[:-1], arrays, strict=True):
         copies.append(memory[start : start + array.nbytes].reshape(array.shape))
         copies[-1][:] = array
     return copies
