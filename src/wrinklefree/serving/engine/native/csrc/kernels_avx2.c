@@ -116,7 +116,7 @@ INLINE void bytes_part(const uint8_t *tiles, size_t groups, const int8_t *codes,
     const __m256i ones = _mm256_set1_epi16(1);
     EIGHT(TAKE)
     for (size_t g = 0; g < groups; g++) {
-        for (int line = 0; line < 4 / tokens + (tokens == 4); line++) __builtin_prefetch(tiles + 256 * g + WF_AHEAD + 64 * line);
+        for (int line = 0; line < 4 / tokens; line++) __builtin_prefetch(tiles + 256 * g + WF_AHEAD + 64 * line);
 #define VECTOR(i) LOAD(tiles + 256 * g + 32 * (i))
         __m256i x = CODES(0);
         if (tokens == 1) {
