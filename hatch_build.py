@@ -17,7 +17,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-NATIVE = Path("src") / "wrinklefree" / "serving" / "engine" / "native"
+NATIVE = Path("src") / "wrinklefree" / "native"
 ZIG = "ziglang==0.17.1"
 """Exactly one version, as no lock file holds the requirements of a build."""
 ASKING_SECONDS = 60.0

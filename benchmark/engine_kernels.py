@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from wrinklefree.serving.engine.native.build import SOURCES, compile_library, find_compiler
-from wrinklefree.serving.engine.native.library import isa_names
-from wrinklefree.serving.engine.native.pack import NIBBLE_BYTES, huge_array
+from wrinklefree.native.build import SOURCES, compile_library, find_compiler
+from wrinklefree.native.library import isa_names
+from wrinklefree.native.pack import NIBBLE_BYTES, huge_array
 
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (8192, 2048), (2048, 8192), (9728, 2560))
 HEADS = ((49152, 576), (32000, 2048))

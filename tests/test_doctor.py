@@ -10,8 +10,8 @@ import pytest
 
 from wrinklefree import cli, doctor, doctor_machine, doctor_services
 from wrinklefree.doctor import Check, Request, conclusion, guarded, record, render, works
+from wrinklefree.native import build, library
 from wrinklefree.serving.engine import bitnet_cpp, llama_cpp
-from wrinklefree.serving.engine.native import build, library
 from wrinklefree.utils import hub
 from wrinklefree.utils.errors import CredentialsError, EngineError
 

@@ -131,8 +131,8 @@ def _native() -> Check:
     """Our own engine. It is loaded where it is built; building it is left to its first use."""
     from platformdirs import user_cache_path
 
-    from wrinklefree.serving.engine.native import library
-    from wrinklefree.serving.engine.native.build import LIBRARY_NAME, BuildError, find_compiler
+    from wrinklefree.native import library
+    from wrinklefree.native.build import LIBRARY_NAME, BuildError, find_compiler
     from wrinklefree.utils.errors import WrinkleFreeError
 
     installed = Path(library.__file__).with_name(LIBRARY_NAME).is_file()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[2]
-NATIVE = Path("src") / "wrinklefree" / "serving" / "engine" / "native"
+NATIVE = Path("src") / "wrinklefree" / "native"
 ZIG = ["ziglang==0.17.1"]
 
 
@@ -166,7 +166,7 @@ def install(checkout: Path, folder: Path, variables: dict[str, str], *, network:
 
 def loaded(checkout: Path) -> str:
     """The library that this checkout's package loads."""
-    program = "from wrinklefree.serving.engine.native.library import load_library; print(load_library()._name)"
+    program = "from wrinklefree.native.library import load_library; print(load_library()._name)"
     environment = {**os.environ, "PYTHONPATH": str(checkout / "src"), "CC": "no-such-cc"}
     return subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

@@ -9,10 +9,10 @@ import pytest
 from tests.serving.conftest import TINY, running
 
 from wrinklefree.cli import convert_main
+from wrinklefree.native import library
 from wrinklefree.serving.engine import llama_cpp
 from wrinklefree.serving.engine.bitnet_cpp import BINARY_VARIABLE, BitNetCppEngine
 from wrinklefree.serving.engine.choose import open_engine
-from wrinklefree.serving.engine.native import library
 from wrinklefree.serving.engine.protocol import Engine, Sampling
 from wrinklefree.utils.tokenizer import TextTokenizer
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from wrinklefree.models.bitlinear import BitLinear
+from wrinklefree.native.library import LinearRecord, chosen_isa, load_library
+from wrinklefree.native.pack import COLUMNS, ROWS, pack_ternary, padded, unpack_ternary
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
-from wrinklefree.serving.engine.native.library import LinearRecord, chosen_isa, load_library
-from wrinklefree.serving.engine.native.pack import COLUMNS, ROWS, pack_ternary, padded, unpack_ternary
 from wrinklefree.utils.errors import ConfigError, EngineError
 
 

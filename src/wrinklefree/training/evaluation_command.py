@@ -15,7 +15,7 @@ from wrinklefree.models.artifact import POINTERS, read_artifact, resolve_artifac
 from wrinklefree.models.config import ModelConfig
 from wrinklefree.models.hf import architecture_from_hf, load_pretrained
 from wrinklefree.models.llama import CausalLM
-from wrinklefree.serving.engine.native.library import is_available
+from wrinklefree.native.library import is_available
 from wrinklefree.serving.packed_bitlinear import pack_bitlinears
 from wrinklefree.training.comparison import Difference, Interval, paired_difference
 from wrinklefree.training.config import RunConfig

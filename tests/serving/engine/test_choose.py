@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from wrinklefree.models.artifact import Artifact
+from wrinklefree.native import library
 from wrinklefree.serving.engine import choose
 from wrinklefree.serving.engine.choose import choose_engine, open_engine, resolve_context
-from wrinklefree.serving.engine.native import library
 from wrinklefree.serving.engine.protocol import Sampling
 from wrinklefree.serving.engine.support import ENGINES
 from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from wrinklefree.native import library
 from wrinklefree.serving.engine import bitnet_cpp, llama_cpp
-from wrinklefree.serving.engine.native import library
 from wrinklefree.serving.engine.protocol import Engine
 from wrinklefree.serving.engine.support import ENGINES, EngineName, check_header, check_runs, name_of, obstacles
 from wrinklefree.utils.errors import ConfigError

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from wrinklefree.models.config import Architecture, BitNetSpec, RopeScaling
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
-from wrinklefree.serving.engine.native.library import isa_names
+from wrinklefree.native.library import isa_names
 from wrinklefree.serving.engine.native.model import NativeModel, NativeOptions, PackedModel
 from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError
 

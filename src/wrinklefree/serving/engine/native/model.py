@@ -21,8 +21,7 @@ from wrinklefree.models.attention import rotary_table
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.weights import EMBEDDING, HEAD
-from wrinklefree.quantization.weight_quant import Ternary, ternarize
-from wrinklefree.serving.engine.native.library import (
+from wrinklefree.native.library import (
     BF16,
     F16,
     F32,
@@ -34,7 +33,7 @@ from wrinklefree.serving.engine.native.library import (
     chosen_isa,
     load_library,
 )
-from wrinklefree.serving.engine.native.pack import (
+from wrinklefree.native.pack import (
     HUGE_PAGE,
     PackedLinear,
     one_after_another,
@@ -43,6 +42,7 @@ from wrinklefree.serving.engine.native.pack import (
     pack_nibbles,
     padded_vector,
 )
+from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.utils.errors import CheckpointError, ConfigError, EngineError
 
 HeadType = Literal["int8", "int4", "f16", "f32"]

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from wrinklefree.models.config import Architecture, BitNetSpec
-from wrinklefree.serving.engine.native.model import HeadType, PackedModel, parameter_shapes
-from wrinklefree.serving.engine.native.pack import (
+from wrinklefree.native.pack import (
     COLUMNS,
     NIBBLE_BYTES,
     NIBBLE_COLUMNS,
@@ -29,6 +28,7 @@ from wrinklefree.serving.engine.native.pack import (
     huge_array,
     padded,
 )
+from wrinklefree.serving.engine.native.model import HeadType, PackedModel, parameter_shapes
 
 logger = logging.getLogger(__name__)
 

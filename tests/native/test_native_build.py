@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from wrinklefree.serving.engine.native import build, library
-from wrinklefree.serving.engine.native.build import BuildError, compile_library, find_compiler, source_number
+from wrinklefree.native import build, library
+from wrinklefree.native.build import BuildError, compile_library, find_compiler, source_number
 from wrinklefree.utils.errors import EngineError
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
-from wrinklefree.serving.engine.native.build import (
+from wrinklefree.native.build import (
     FLAGS,
     LIBRARY_NAME,
     BuildError,

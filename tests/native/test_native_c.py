@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from wrinklefree.serving.engine.native.build import FLAGS, SANITIZERS, SOURCES
+from wrinklefree.native.build import FLAGS, SANITIZERS, SOURCES
 
 EXERCISE = Path(__file__).with_name("exercise.c")
 

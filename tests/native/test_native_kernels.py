@@ -7,9 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from wrinklefree.quantization.activation_quant import quantize_activation
-from wrinklefree.serving.engine.native.library import chosen_isa, isa_names, load_library
-from wrinklefree.serving.engine.native.pack import (
+from wrinklefree.native.library import chosen_isa, isa_names, load_library
+from wrinklefree.native.pack import (
     pack_bytes,
     pack_nibbles,
     pack_ternary,
@@ -17,6 +16,7 @@ from wrinklefree.serving.engine.native.pack import (
     unpack_nibbles,
     unpack_ternary,
 )
+from wrinklefree.quantization.activation_quant import quantize_activation
 from wrinklefree.utils.errors import ConfigError
 
 TOKENS = (1, 2, 3, 4, 5, 7, 8, 11, 12, 13, 16, 17, 31, 32, 33, 48, 63, 127, 128)
