@@ -43,9 +43,10 @@ def with_products(forward: ForwardProducts, backward: BackwardProducts) -> Calla
 
 OWN: dict[str, Callable[[CausalLM], CausalLM]] = {
     OURS: sharing_copy,
+    f"{OURS}, float forward": with_products("float", "exact"),
     f"{OURS}, int8 forward": with_products("int8", "exact"),
-    f"{OURS}, int8 backward": with_products("float", "int8"),
-    f"{OURS}, fp8 backward": with_products("float", "fp8"),
+    f"{OURS}, int8 backward": with_products("auto", "int8"),
+    f"{OURS}, fp8 backward": with_products("auto", "fp8"),
 }
 """Our variants; those in bytes cost time on a CPU without int8 instructions, and are here for their errors."""
 

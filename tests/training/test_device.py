@@ -120,10 +120,13 @@ def test_a_cpu_says_in_one_line_that_nothing_is_gained(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level(logging.WARNING)
-    monkeypatch.setattr("wrinklefree.training.device.CPU_MULTIPLIES_INT8", True)
-    check_products("int8", "int8", CPU)
-    monkeypatch.setattr("wrinklefree.training.device.CPU_MULTIPLIES_INT8", False)
+    for instructions, kernels in ((True, False), (False, True)):
+        monkeypatch.setattr("wrinklefree.training.device.CPU_MULTIPLIES_INT8", instructions)
+        monkeypatch.setattr("wrinklefree.training.device.has_kernels", lambda kernels=kernels: kernels)
+        check_products("int8", "int8", CPU)
+    monkeypatch.setattr("wrinklefree.training.device.has_kernels", lambda: False)
     check_products("float", "exact", CPU)
+    check_products("auto", "exact", CPU)
     assert caplog.text == ""
     check_products("float", "fp8", CPU)
     check_products("float", "int8", CPU)

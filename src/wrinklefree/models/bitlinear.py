@@ -2,8 +2,9 @@
 
 Two paths compute the same function. The reference path composes straight-through estimators and mixes full precision
 with quantized values by lambda; it serves the warm-up. At lambda = 1 one autograd function multiplies integer codes in
-the compute dtype (codes up to +-128 are exact in bfloat16) or in int8, and keeps int8 codes for the backward pass, which
-multiplies exactly, or gradients rounded to a byte (`set_products`; `byte_products` has the arithmetic).
+the compute dtype (codes up to +-128 are exact in bfloat16) or in bytes, and keeps int8 codes for the backward pass, which
+multiplies exactly, or gradients rounded to a byte (`set_products`; `byte_products` has the arithmetic). On a CPU the
+forward product is made by our own kernels, from two bits a weight, where that is faster.
 
 Weight codes are computed once per weight version and reused by accumulation, recomputation, evaluation and generation.
 
@@ -13,15 +14,16 @@ weight between the thresholds then has a gradient of its own and is not only pus
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wrinklefree.models.byte_products import grad_input, grad_weight, output_product
+from wrinklefree.models.byte_products import grad_input, grad_weight, multiplies_tiles, output_product
 from wrinklefree.models.config import BitNetSpec
+from wrinklefree.quantization import cpu_kernels
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
 from wrinklefree.quantization.options import BackwardProducts, ForwardProducts, WeightScale
 from wrinklefree.quantization.ste import integer_activation, ternary_weight
@@ -48,12 +50,13 @@ class _IntegerMatmul(torch.autograd.Function):
         x_scale: Tensor | None,
         w_codes: Tensor,
         w_scale: Tensor,
+        w_tiles: Tensor | None,
         overwrite: bool,
         forward_products: ForwardProducts,
         backward_products: BackwardProducts,
     ) -> Tensor:
         """`x_scale` is None where activations are not quantized; then `x_codes` is the input itself."""
-        output = output_product(x_codes, x_scale, w_codes, w_scale, kind=forward_products, overwrite=overwrite)
+        output = output_product(x_codes, x_scale, w_codes, w_scale, w_tiles, kind=forward_products, overwrite=overwrite)
         if bias is not None:
             output.add_(bias)
         ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
@@ -75,7 +78,7 @@ class _IntegerMatmul(torch.autograd.Function):
             of_weight = grad_weight(grad, x_codes, x_scale, dtype=weight_dtype, kind=kind)
         if ctx.needs_input_grad[2]:
             of_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
-        return of_x, of_weight, of_bias, None, None, None, None, None, None, None
+        return of_x, of_weight, of_bias, None, None, None, None, None, None, None, None
 
 
 class _OptimizerSteps:
@@ -95,24 +98,35 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, A
 register_optimizer_step_post_hook(_count_step)
 
 
+class WeightCodes(NamedTuple):
+    """A ternary weight as products read it."""
+
+    codes: Tensor
+    """-1, 0 and 1 in the compute dtype, [out_features, in_features]."""
+    scale: Tensor
+    """float32, 0-dimensional."""
+    tiles: Tensor | None
+    """The codes in two bits (`cpu_kernels.pack_ternary`), where the forward pass multiplies those."""
+
+
 @dataclass(frozen=True)
-class _WeightCodes:
-    """Codes of one version of a weight, in the compute dtype."""
+class _CachedCodes:
+    """Codes of one version of a weight."""
 
     source: Tensor
     """Shares the weight's storage, so that the allocator cannot hand its address to another weight."""
     version: int
     optimizer_steps: int
-    codes: Tensor
-    scale: Tensor
     gain_version: int
+    weight: WeightCodes
 
-    def belongs_to(self, weight: Tensor, dtype: torch.dtype, gain_version: int) -> bool:
+    def belongs_to(self, weight: Tensor, dtype: torch.dtype, gain_version: int, *, packed: bool) -> bool:
         return (
             self.version == weight._version
             and self.gain_version == gain_version
             and self.optimizer_steps == _OptimizerSteps.count
-            and self.codes.dtype == dtype
+            and self.weight.codes.dtype == dtype
+            and (self.weight.tiles is not None) == packed
             and self.source.device == weight.device
             and self.source.data_ptr() == weight.data_ptr()
         )
@@ -154,14 +168,14 @@ class BitLinear(nn.Linear):
         """Keep codes between forward passes. Not where weights are sharded: all codes together are a whole model."""
         self.overwrites_products = True
         """Scale a product in place. Not where somebody keeps the product, as selective checkpointing does."""
-        self.forward_products: ForwardProducts = "float"
+        self.forward_products: ForwardProducts = "auto"
         """In what the forward pass multiplies codes at lambda = 1."""
         self.backward_products: BackwardProducts = "exact"
         """In what the backward pass multiplies at lambda = 1; the reference path, below 1, is always exact."""
         self.gathered_scale: Tensor | None = None
         """Set where `weight` is gathered from shards as codes: it then holds -1, 0 and 1, and this is their scale."""
-        self._weight_codes: _WeightCodes | None = None
-        self._codes_for_graph: tuple[Tensor, Tensor] | None = None
+        self._weight_codes: _CachedCodes | None = None
+        self._codes_for_graph: WeightCodes | None = None
 
     def set_quantization(self, value: float) -> None:
         """Set lambda and forget cached codes."""
@@ -191,31 +205,47 @@ class BitLinear(nn.Linear):
             return quantize_activation(x, self.activation_bits)
         return None
 
-    def weight_codes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def weight_codes(self, dtype: torch.dtype) -> WeightCodes:
         """Ternary codes of the current weight in the compute dtype, and their scale; cached per weight version.
 
         Writes that PyTorch does not count, `weight.data.copy_(...)`, are seen after the next optimizer step or
         `set_quantization` only; use `torch.no_grad()` and `weight.copy_(...)`.
         """
         if self.gathered_scale is not None:
-            return self.weight.detach().to(dtype), self.gathered_scale
+            codes = self.weight.detach()
+            return self._with_tiles(codes.to(dtype), codes, self.gathered_scale)
         if torch.compiler.is_compiling() and self._codes_for_graph is not None:
             return self._codes_for_graph
         if torch.compiler.is_compiling() or not self.keeps_codes:
-            ternary = self.ternary()
-            return ternary.codes.to(dtype), ternary.scale
+            return self._new_codes(dtype)
         cached = self._weight_codes
         gain_version = 0 if self.scale_gain is None else self.scale_gain._version
-        if cached is None or not cached.belongs_to(self.weight, dtype, gain_version):
+        packed = self._multiplies_tiles(dtype)
+        if cached is None or not cached.belongs_to(self.weight, dtype, gain_version, packed=packed):
             # Codes first needed in an evaluation must also serve the training steps after it.
             with torch.inference_mode(False):
                 source = self.weight.detach()
-                ternary = self.ternary()
-                cached = _WeightCodes(
-                    source, source._version, _OptimizerSteps.count, ternary.codes.to(dtype), ternary.scale, gain_version
+                cached = _CachedCodes(
+                    source, source._version, _OptimizerSteps.count, gain_version, self._new_codes(dtype)
                 )
             self._weight_codes = cached
-        return cached.codes, cached.scale
+        return cached.weight
+
+    def _new_codes(self, dtype: torch.dtype) -> WeightCodes:
+        ternary = self.ternary()
+        return self._with_tiles(ternary.codes.to(dtype), ternary.codes, ternary.scale)
+
+    def _with_tiles(self, codes: Tensor, any_codes: Tensor, scale: Tensor) -> WeightCodes:
+        """`any_codes` are the codes in a type that may be int8 already."""
+        packed = self._multiplies_tiles(codes.dtype)
+        return WeightCodes(codes, scale, cpu_kernels.pack_ternary(any_codes.to(torch.int8)) if packed else None)
+
+    def _multiplies_tiles(self, dtype: torch.dtype) -> bool:
+        return (
+            self.weight.device.type == "cpu"
+            and self.activation_bits is not None
+            and multiplies_tiles(self.forward_products, dtype, self.in_features)
+        )
 
     def ternary(self) -> Ternary:
         """Codes and scale of the current weight, without a gradient."""
@@ -253,7 +283,7 @@ class BitLinear(nn.Linear):
         if not self.fully_quantized:
             return self.reference_forward(input)
         dtype = self._compute_dtype(input.device.type)
-        w_codes, w_scale = self.weight_codes(dtype)
+        w_codes, w_scale, w_tiles = self.weight_codes(dtype)
         codes = self.encode_input(input) if codes is None else codes
         if codes is None:
             x_codes, x_scale = input.detach().to(dtype), None
@@ -261,7 +291,7 @@ class BitLinear(nn.Linear):
             x_codes, x_scale = codes.codes, codes.scale
         weight, bias = self._trained_weight(w_codes, w_scale, 1.0), self.folded_bias(w_codes)
         output: Any = _IntegerMatmul.apply(
-            input, weight, bias, x_codes, x_scale, w_codes, w_scale,
+            input, weight, bias, x_codes, x_scale, w_codes, w_scale, w_tiles,
             self.overwrites_products, self.forward_products, self.backward_products,
         )  # fmt: skip
         return output

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from wrinklefree.quantization import cpu_kernels
 from wrinklefree.quantization.gradient_quant import gradient_to_float8, gradient_to_int8
 from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.quantization.pieces import rows_for_product, scaled_rows
@@ -65,8 +66,27 @@ def fits(kind: BackwardProducts, rows: int, summed: int, columns: int) -> bool:
     return kind == "fp8" or (rows >= FEWEST_INT8_ROWS and summed <= LONGEST_INT8_SUM)
 
 
+@torch.compiler.assume_constant_result
+def multiplies_tiles(kind: ForwardProducts, dtype: torch.dtype, summed: int) -> bool:
+    """Whether a CPU's forward product reads the weight in two bits."""
+    if kind == "float" or summed > cpu_kernels.WIDEST:
+        return False
+    return (
+        cpu_kernels.multiplies_faster(dtype)
+        if kind == "auto"
+        else dtype in cpu_kernels.TYPES and cpu_kernels.has_kernels()
+    )
+
+
 def output_product(
-    x_codes: Tensor, x_scale: Tensor | None, w_codes: Tensor, w_scale: Tensor, *, kind: ForwardProducts, overwrite: bool
+    x_codes: Tensor,
+    x_scale: Tensor | None,
+    w_codes: Tensor,
+    w_scale: Tensor,
+    w_tiles: Tensor | None = None,
+    *,
+    kind: ForwardProducts,
+    overwrite: bool,
 ) -> Tensor:
     """Output without bias, [..., out_features], in the type of `w_codes`, the compute dtype.
 
@@ -75,6 +95,7 @@ def output_product(
         x_scale: float32 [..., 1]; None where the input is not quantized: then the product is made in the compute dtype.
         w_codes: -1, 0 and 1, [out_features, in_features].
         w_scale: float32, 0-dimensional.
+        w_tiles: The codes packed for the CPU's kernels, where `multiplies_tiles`.
         kind: How to multiply, where it fits.
         overwrite: Scale a product where it lies.
     """
@@ -82,7 +103,10 @@ def output_product(
         product = functional.linear(x_codes.to(w_codes.dtype), w_codes)
         return product.mul_(w_scale) if overwrite else product * w_scale
     tokens, (columns, summed) = x_codes.numel() // x_codes.shape[-1], w_codes.shape
-    if kind == "int8" and fits("int8", tokens, summed, columns):
+    whole = kind == "int8" and fits("int8", tokens, summed, columns)
+    if w_tiles is not None and (whole or kind == "auto"):
+        return cpu_kernels.ternary_product(x_codes, x_scale, w_tiles, w_scale, columns, w_codes.dtype)
+    if whole:
         sums = integer_product(x_codes.reshape(tokens, summed), w_codes.to(torch.int8)).to(torch.float32)
         return sums.mul_(x_scale.reshape(tokens, 1) * w_scale).to(w_codes.dtype).reshape(*x_codes.shape[:-1], columns)
     product = functional.linear(x_codes.to(w_codes.dtype), w_codes)
@@ -104,6 +128,13 @@ def grad_input(
     tokens = grad.numel() // grad.shape[-1]
     if not fits(kind, tokens, *w_codes.shape):
         return (grad @ w_codes).to(dtype).mul_(w_scale)
+    if kind == "int8" and grad.device.type == "cpu" and multiplies_tiles("int8", torch.float32, grad.shape[-1]):
+        rounded = gradient_to_int8(grad.reshape(tokens, -1))
+        tiles = cpu_kernels.pack_ternary(w_codes.T.to(torch.int8))
+        product = cpu_kernels.ternary_product(
+            rounded.values, rounded.scale, tiles, w_scale, w_codes.shape[1], torch.float32
+        )
+        return product.to(dtype).reshape(*grad.shape[:-1], -1)
     product, scale = _rounded_product(grad.reshape(tokens, -1), w_codes.T, kind)
     return product.mul_(scale * w_scale).to(dtype).reshape(*grad.shape[:-1], -1)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wrinklefree.quantization import cpu_kernels
 from wrinklefree.quantization.pieces import pays, pieces, scratch_like
 
 MIN_ACTIVATION_RANGE = 1e-5
@@ -33,6 +34,8 @@ def quantize_activation(x: Tensor, bits: int = 8) -> ActivationCodes:
     """
     largest_code = 2 ** (bits - 1) - 1
     with torch.no_grad():
+        if cpu_kernels.takes(x):
+            return ActivationCodes(*cpu_kernels.encode_activation(x, bits))
         if pays(x):
             return _quantize_by_pieces(x, largest_code)
         values = x.to(torch.float32)

@@ -5,16 +5,15 @@ bias. It takes any input that a linear layer takes; the arithmetic and the resul
 """
 
 import ctypes
-import threading
-import weakref
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from wrinklefree.models.bitlinear import BitLinear
-from wrinklefree.native.library import LinearRecord, chosen_isa, load_library
+from wrinklefree.native.library import LinearRecord, load_library
 from wrinklefree.native.pack import COLUMNS, ROWS, pack_ternary, padded, unpack_ternary
+from wrinklefree.native.runner import borrowed_runner
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
 from wrinklefree.utils.errors import ConfigError, EngineError
 
@@ -103,30 +102,6 @@ def pack_bitlinears(model: nn.Module) -> int:
     return len(found)
 
 
-class _Runner:
-    """Threads and buffers of C, shared by all layers; one call at a time."""
-
-    def __init__(self, isa: bytes, threads: int) -> None:
-        library = load_library()
-        self.handle = library.wf_runner_create(isa, threads)
-        if not self.handle:
-            raise EngineError(f"the CPU engine could not start {threads} threads; ask for fewer")
-        self.lock = threading.Lock()
-        weakref.finalize(self, library.wf_runner_free, self.handle)
-
-
-_runners: dict[tuple[bytes, int], _Runner] = {}
-_runners_lock = threading.Lock()
-
-
-def _runner() -> _Runner:
-    key = (chosen_isa(), torch.get_num_threads())
-    with _runners_lock:
-        if key not in _runners:
-            _runners[key] = _Runner(*key)
-        return _runners[key]
-
-
 def _multiply(layer: PackedBitLinear, rows: Tensor, bias: Tensor | None, output: Tensor) -> None:
     record = LinearRecord(
         layer.tiles.data_ptr(),
@@ -137,10 +112,9 @@ def _multiply(layer: PackedBitLinear, rows: Tensor, bias: Tensor | None, output:
         padded(layer.in_features, COLUMNS),
     )
     code_max = 0 if layer.activation_bits is None else 2 ** (layer.activation_bits - 1) - 1
-    runner = _runner()
-    with runner.lock:
+    with borrowed_runner() as runner:
         problem = load_library().wf_linear(
-            runner.handle,
+            runner,
             ctypes.byref(record),
             code_max,
             len(rows),

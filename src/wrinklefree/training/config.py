@@ -117,9 +117,9 @@ class StageConfig(Config):
     evaluation: EvaluationConfig = EvaluationConfig()
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute dtype; masters are always float32. auto: bfloat16 where the device multiplies it in hardware."""
-    forward_products: ForwardProducts = "float"
-    """In what a ternary layer multiplies its codes once lambda is 1. float: the compute dtype. int8: exact integers, which
-    GPUs of capability 7.5 and CPUs with int8 instructions multiply in hardware; not yet measured on a GPU."""
+    forward_products: ForwardProducts = "auto"
+    """In what a ternary layer multiplies its codes once lambda is 1. float: the compute dtype. int8: exact integers, by our own
+    kernels on a CPU, on a GPU of capability 7.5 in hardware (not yet measured). auto: the faster on a CPU, float on a GPU."""
     backward_products: BackwardProducts = "exact"
     """In what the two products of a ternary layer's backward pass are made once lambda is 1. exact: the compute dtype. int8,
     fp8: gradients are rounded to a byte first, which changes them (measured: training_performance.md). int8 needs a GPU of

@@ -10,6 +10,7 @@ import torch
 from wrinklefree.models.byte_products import CPU_MULTIPLIES_INT8
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.quantization.cpu_kernels import has_kernels
 from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.training.device_kinds import kind_by_name
 from wrinklefree.utils.errors import ConfigError
@@ -71,10 +72,10 @@ def check_products(forward: ForwardProducts, backward: BackwardProducts, device:
     for key, kind, usual in (
         ("training.forward_products", forward, "float"), ("training.backward_products", backward, "exact"),
     ):  # fmt: skip
-        if kind == usual:
+        if kind in (usual, "auto"):
             continue
         if device.type == "cpu":
-            if kind == "int8" and CPU_MULTIPLIES_INT8:
+            if kind == "int8" and (CPU_MULTIPLIES_INT8 or has_kernels()):
                 continue
             how = "float8 is emulated on a CPU" if kind == "fp8" else "this CPU has no int8 instructions"
             logger.warning("%s=%s: %s; use it to see what it costs, %s is faster", key, kind, how, usual)

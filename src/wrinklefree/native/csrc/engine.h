@@ -75,10 +75,25 @@ WF_API int32_t wf_step(WfModel *model, int32_t count, const int32_t *ids, const 
 /* Let `to` hold the first `length` positions of `from`. Returns 0, or 3 or 4 as wf_step. */
 WF_API int32_t wf_copy_prefix(WfModel *model, int32_t from, int32_t to, int32_t length);
 
-/* Threads and buffers for projections outside a model (PackedBitLinear); not for two callers at once. NULL as wf_create. */
+/* Call body(data) on up to `threads` threads at once, this one among them, and return when all have returned: OpenMP's GOMP_parallel. */
+typedef void (*WfParallel)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+/* Threads and buffers for operations outside a model; not for two callers at once. `parallel` lends threads, NULL: its own.
+ * NULL as wf_create. */
 typedef struct WfRunner WfRunner;
-WF_API WfRunner *wf_runner_create(const char *isa, int32_t threads);
+WF_API WfRunner *wf_runner_create(const char *isa, int32_t threads, WfParallel parallel);
 WF_API void wf_runner_free(WfRunner *runner);
+
+/* What a training step is made of; 0, or 1 for sizes that do not fit or too little memory. Floats are WF_F32 or WF_BF16.
+ *
+ * Codes [tokens][width] and scales [tokens] of activations x [tokens][width], as wf_quantize. */
+WF_API int32_t wf_encode(WfRunner *runner, int32_t tokens, int32_t width, int32_t type, const void *x, int32_t code_max,
+                         int8_t *codes, float *scales);
+/* Tiles (kernels.h) of ternary codes [rows][columns], padded with zero weights. */
+WF_API int32_t wf_pack(WfRunner *runner, int32_t rows, int32_t columns, const int8_t *codes, uint8_t *tiles);
+/* y [tokens][rows] = codes [tokens][columns] times tiles, times the token's scale times `scale`. */
+WF_API int32_t wf_multiply(WfRunner *runner, const uint8_t *tiles, float scale, int32_t rows, int32_t columns, int32_t tokens,
+                           const int8_t *codes, const float *scales, int32_t type, void *y);
+
 /* y [tokens][out_features] of x [tokens][in_features]; 0, or 1 for sizes that do not fit or too little memory. */
 WF_API int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
                          int32_t in_features, float *y, int32_t out_features);

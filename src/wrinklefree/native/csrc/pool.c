@@ -25,6 +25,7 @@ struct WfPool {
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
     size_t threads;
+    WfParallel parallel; /* or NULL */
     pthread_t handles[MAX_THREADS];
     struct Helper {
         WfPool *pool;
@@ -97,22 +98,52 @@ static void run_part(WfPool *pool, size_t offset, size_t items, WfWork work, voi
     }
 }
 
+typedef struct {
+    WfWork work;
+    void *job;
+    size_t items;
+    _Atomic size_t next, members;
+} Team;
+
+static void take_part(void *argument) {
+    Team *team = argument;
+    size_t worker = atomic_fetch_add(&team->members, 1), item;
+    while ((item = atomic_fetch_add(&team->next, 1)) < team->items) team->work(team->job, item, worker);
+}
+
 void wf_pool_run(WfPool *pool, size_t items, WfWork work, void *job) {
     if (pool->threads == 1 || items == 1) {
         for (size_t item = 0; item < items; item++) work(job, item, 0);
+        return;
+    }
+    if (pool->parallel) {
+        Team team = {.work = work, .job = job, .items = items};
+        pool->parallel(take_part, &team, (unsigned)(items < pool->threads ? items : pool->threads), 0);
         return;
     }
     for (size_t offset = 0; offset < items; offset += MAX_ITEMS)
         run_part(pool, offset, items - offset < MAX_ITEMS ? items - offset : MAX_ITEMS, work, job);
 }
 
-WfPool *wf_pool_create(size_t threads) {
+static WfPool *lonely_pool(void) {
     WfPool *pool = aligned_alloc(64, (sizeof *pool + 63) / 64 * 64);
     if (!pool) return NULL;
     *pool = (WfPool){.threads = 1};
     pthread_mutex_init(&pool->mutex, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);
+    return pool;
+}
+
+WfPool *wf_pool_borrow(size_t threads, WfParallel parallel) {
+    WfPool *pool = lonely_pool();
+    if (pool) pool->threads = threads, pool->parallel = parallel;
+    return pool;
+}
+
+WfPool *wf_pool_create(size_t threads) {
+    WfPool *pool = lonely_pool();
+    if (!pool) return NULL;
     for (; pool->threads < threads && pool->threads < MAX_THREADS; pool->threads++) {
         struct Helper *helper = &pool->helpers[pool->threads];
         *helper = (struct Helper){pool, pool->threads};
@@ -127,7 +158,7 @@ void wf_pool_free(WfPool *pool) {
     atomic_store(&pool->stopping, 1);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->mutex);
-    for (size_t i = 1; i < pool->threads; i++) pthread_join(pool->handles[i], NULL);
+    for (size_t i = 1; i < pool->threads && !pool->parallel; i++) pthread_join(pool->handles[i], NULL);
     pthread_mutex_destroy(&pool->mutex);
     pthread_cond_destroy(&pool->wake);
     pthread_cond_destroy(&pool->done);

@@ -17,7 +17,8 @@ typedef struct {
     float *y; /* [tokens][stride] */
     size_t stride, rows; /* rows that y has room for: all, or those without padding */
     int add;             /* to what y holds, else it is overwritten */
-    size_t blocks_per_item, items;
+    uint16_t *rounded;   /* or NULL: bfloat16 [tokens][stride] that gets the result instead of y */
+    size_t blocks_per_item, items, parts; /* of the weights, and of the tokens; set when it runs */
 } WfProduct;
 
 typedef struct {

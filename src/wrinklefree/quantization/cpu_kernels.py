@@ -1,0 +1,152 @@
+"""The C kernels as operators of PyTorch: activations to codes, weights to two bits, the product of both.
+
+`torch.ops.wrinklefree.encode_activation`, `pack_ternary` and `ternary_product` run on CPU tensors; shapes and types are known
+without running them, so a compiled graph goes on around them. What they compute is, bit for bit, what the readable functions
+beside them compute: integer sums are exact, and the scales multiply them in float32 in the same order.
+"""
+
+import ctypes
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from wrinklefree.native.library import BF16, F32, chosen_isa, is_available, load_library
+from wrinklefree.native.pack import COLUMNS, ROWS, padded
+from wrinklefree.native.runner import borrowed_runner
+from wrinklefree.utils.errors import EngineError
+
+TYPES = {torch.float32: F32, torch.bfloat16: BF16}
+"""Of activations and products."""
+WIDEST = 131072
+"""Columns whose sums of products stay below 2^31, and below 2^24 / 127 (csrc/kernels.h)."""
+
+
+@cache
+def has_kernels() -> bool:
+    """Whether the library is there, with instructions that are faster than float32 products."""
+    return is_available() and chosen_isa() != b"plain"
+
+
+@cache
+def multiplies_faster(dtype: torch.dtype) -> bool:
+    """Whether a CPU makes products of ternary weights faster here than in `dtype`.
+
+    A multiply instruction takes four to eight times as many bytes as float32 numbers. Where the CPU multiplies bfloat16 in
+    tiles (AMX), its bytes gain little and were not measured.
+    """
+    if dtype not in TYPES or not has_kernels():
+        return False
+    return dtype == torch.float32 or not torch.cpu.get_capabilities().get("amx_bf16", False)
+
+
+def takes(x: Tensor) -> bool:
+    """Whether a tensor can be handed to C as it is; inside a compiled graph fusing is the compiler's work."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in TYPES
+        and x.numel() > 0
+        and has_kernels()
+    )
+
+
+def encode_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`quantize_activation`: codes int8 [..., D] and scales float32 [..., 1] of float32 or bfloat16 [..., D]."""
+    codes: tuple[Tensor, Tensor] = torch.ops.wrinklefree.encode_activation(x, bits)
+    return codes
+
+
+def pack_ternary(codes: Tensor) -> Tensor:
+    """int8 codes -1, 0 and 1 [out, in] as tiles, uint8 [blocks of 64 rows, groups of 4 columns, 64]."""
+    tiles: Tensor = torch.ops.wrinklefree.pack_ternary(codes)
+    return tiles
+
+
+def ternary_product(
+    codes: Tensor, scale: Tensor, tiles: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    """(codes @ weight codes^T) * (scale * weight_scale), [..., out_features] in `dtype`, float32 or bfloat16.
+
+    Args:
+        codes: int8 [..., in_features], in_features at most `WIDEST`.
+        scale: float32 [..., 1].
+        tiles: `pack_ternary` of the weight's codes.
+        weight_scale: float32, 0-dimensional.
+        out_features: Rows of the weight.
+        dtype: Of the result, rounded once.
+    """
+    product: Tensor = torch.ops.wrinklefree.ternary_product(codes, scale, tiles, weight_scale, out_features, dtype)
+    return product
+
+
+_operators = torch.library.Library("wrinklefree", "DEF")
+_operators.define("encode_activation(Tensor x, int bits) -> (Tensor, Tensor)")
+_operators.define("pack_ternary(Tensor codes) -> Tensor")
+_operators.define(
+    "ternary_product(Tensor codes, Tensor scale, Tensor tiles, Tensor weight_scale, int out_features, ScalarType dtype)"
+    " -> Tensor"
+)
+
+
+def _empty_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _empty_tiles(codes: Tensor) -> Tensor:
+    rows, columns = codes.shape
+    return codes.new_empty((padded(rows) // ROWS, padded(columns, COLUMNS) // COLUMNS, ROWS), dtype=torch.uint8)
+
+
+def _empty_product(
+    codes: Tensor, scale: Tensor, tiles: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    return codes.new_empty((*codes.shape[:-1], out_features), dtype=dtype)
+
+
+def _encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    x, width = x.contiguous(), x.shape[-1]
+    codes, scale = _empty_codes(x, bits)
+    _call("wf_encode", scale.numel(), width, TYPES[x.dtype], x, 2 ** (bits - 1) - 1, codes, scale)
+    return codes, scale
+
+
+def _pack(codes: Tensor) -> Tensor:
+    codes, tiles = codes.contiguous(), _empty_tiles(codes)
+    _call("wf_pack", *codes.shape, codes, tiles)
+    return tiles
+
+
+def _multiply(
+    codes: Tensor, scale: Tensor, tiles: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
+) -> Tensor:
+    codes, scale = codes.contiguous(), scale.contiguous()
+    product = _empty_product(codes, scale, tiles, weight_scale, out_features, dtype)
+    tokens, width = scale.numel(), codes.shape[-1]
+    if tiles.shape != (padded(out_features) // ROWS, padded(width, COLUMNS) // COLUMNS, ROWS):
+        raise EngineError(f"tiles of shape {tuple(tiles.shape)} are not a weight of {out_features} x {width}")
+    if tokens > 0:
+        _call(
+            "wf_multiply", tiles, ctypes.c_float(weight_scale.item()), out_features, width, tokens, codes, scale,
+            TYPES[dtype], product,
+        )  # fmt: skip
+    return product
+
+
+def _call(name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
+    function = getattr(load_library(), name)
+    plain = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
+    with borrowed_runner() as runner:
+        problem = function(runner, *plain)
+    if problem:
+        shapes = [tuple(one.shape) for one in arguments if isinstance(one, Tensor)]
+        raise EngineError(f"{name} refused tensors of the shapes {shapes}: too large, empty, or memory is short")
+
+
+_operators.impl("encode_activation", _encode, "CPU")
+_operators.impl("pack_ternary", _pack, "CPU")
+_operators.impl("ternary_product", _multiply, "CPU")
+torch.library.register_fake("wrinklefree::encode_activation", _empty_codes, lib=_operators)
+torch.library.register_fake("wrinklefree::pack_ternary", _empty_tiles, lib=_operators)
+torch.library.register_fake("wrinklefree::ternary_product", _empty_product, lib=_operators)
