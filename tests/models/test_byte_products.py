@@ -148,13 +148,13 @@ def test_errors_of_random_gradients(kind: BackwardProducts, least: float, most: 
         assert least < errors_of(mine, exact) < most
 
 
-def test_exact_is_what_it_was() -> None:
+def test_exact_rounds_nothing_but_the_input() -> None:
     grad, weight, x = operands(dtype=torch.bfloat16)
     codes = weight.codes.to(torch.bfloat16)
     of_x, of_weight = both("exact", dtype=torch.bfloat16)
     assert torch.equal(of_x, (grad @ codes).float().mul_(weight.scale))
-    scaled = (grad * x.scale).to(torch.bfloat16).flatten(0, -2)
-    assert torch.equal(of_weight, (scaled.T @ x.codes.to(torch.bfloat16).flatten(0, -2)).float())
+    inputs = (x.codes.float() * x.scale).to(torch.bfloat16).flatten(0, -2)
+    assert torch.equal(of_weight, (grad.flatten(0, -2).T @ inputs).float())
 
 
 @pytest.mark.parametrize(

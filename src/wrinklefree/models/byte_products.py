@@ -6,9 +6,9 @@ sum before the scales multiply it. In float32 both are equal bit for bit. Which 
 Backward, with the gradient G of Y, and codes that multiply with scales to X (a scale a token) and W (one scale):
 
     dX = G W            = (G @ w_codes) * w_scale
-    dW = G^T X          = (G * x_scale)^T @ x_codes
+    dW = G^T X          = G^T @ (x_codes * x_scale) = (G * x_scale)^T @ x_codes
 
-One factor of each product is integer codes already. `int8` and `fp8` round the other one to a byte, with one scale a row of
+`exact` writes X out, rounded once to the compute dtype. One factor of each product is integer codes already. `int8` and `fp8` round the other one to a byte, with one scale a row of
 the product's left factor, which can therefore be taken out of the sum: a token of G in dX, an output channel of G * x_scale
 in dW. The forward pass, biases and stored gradients stay as they are.
 
@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from wrinklefree.quantization import cpu_kernels
+from wrinklefree.quantization.activation_quant import ActivationCodes
 from wrinklefree.quantization.gradient_quant import gradient_to_float8, gradient_to_int8
 from wrinklefree.quantization.options import BackwardProducts, ForwardProducts
 from wrinklefree.quantization.pieces import rows_for_product, scaled_rows
@@ -153,9 +154,11 @@ def grad_weight(
     """
     tokens = grad.numel() // grad.shape[-1]
     if x_scale is None or not fits(kind, grad.shape[-1], tokens, x_codes.shape[-1]):
-        scaled = grad if x_scale is None else scaled_rows(grad, x_scale)
-        inputs = x_codes.to(grad.dtype)
-        return (rows_for_product(scaled.flatten(0, -2)) @ inputs.flatten(0, -2)).to(dtype)
+        if x_scale is None:
+            inputs = x_codes.to(grad.dtype)
+        else:
+            inputs = ActivationCodes(x_codes, x_scale).dequantize(grad.dtype)
+        return (rows_for_product(grad.flatten(0, -2)) @ inputs.flatten(0, -2)).to(dtype)
     # float32: in the compute dtype the scaled gradient would be rounded twice.
     scaled = (grad.to(torch.float32) * x_scale).reshape(tokens, -1)
     product, scale = _rounded_product(scaled.T, x_codes.reshape(tokens, -1).T, kind)

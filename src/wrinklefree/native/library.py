@@ -76,6 +76,7 @@ _SIGNATURES = {
     "wf_runner_create": (c_void_p, (c_char_p, c_int32, c_void_p)),
     "wf_runner_free": (None, (c_void_p,)),
     "wf_encode": (c_int32, (c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_void_p, c_void_p)),
+    "wf_decode": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_void_p)),
     "wf_pack": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
     "wf_multiply": (
         c_int32,

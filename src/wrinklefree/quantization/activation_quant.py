@@ -23,6 +23,8 @@ class ActivationCodes:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`codes * scale`, multiplied in float32."""
+        if cpu_kernels.takes(self.codes, dtype):
+            return cpu_kernels.decode_activation(self.codes, self.scale, dtype)
         return (self.codes.to(torch.float32) * self.scale).to(dtype)
 
 
@@ -34,7 +36,7 @@ def quantize_activation(x: Tensor, bits: int = 8) -> ActivationCodes:
     """
     largest_code = 2 ** (bits - 1) - 1
     with torch.no_grad():
-        if cpu_kernels.takes(x):
+        if cpu_kernels.takes(x, x.dtype):
             return ActivationCodes(*cpu_kernels.encode_activation(x, bits))
         if pays(x):
             return _quantize_by_pieces(x, largest_code)

@@ -1,6 +1,6 @@
 """The C kernels as operators of PyTorch: activations to codes, weights to two bits, the product of both.
 
-`torch.ops.wrinklefree.encode_activation`, `pack_ternary` and `ternary_product` run on CPU tensors; shapes and types are known
+`torch.ops.wrinklefree.encode_activation`, `decode_activation`, `pack_ternary` and `ternary_product` run on CPU tensors; shapes and types are known
 without running them, so a compiled graph goes on around them. What they compute is, bit for bit, what the readable functions
 beside them compute: integer sums are exact, and the scales multiply them in float32 in the same order.
 """
@@ -40,13 +40,13 @@ def multiplies_faster(dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or not torch.cpu.get_capabilities().get("amx_bf16", False)
 
 
-def takes(x: Tensor) -> bool:
-    """Whether a tensor can be handed to C as it is; inside a compiled graph fusing is the compiler's work."""
+def takes(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether activations or codes `x` can be handed to C, for floats in `dtype`; in a compiled graph the compiler fuses."""
     return (
         not torch.compiler.is_compiling()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
-        and x.dtype in TYPES
+        and dtype in TYPES
         and x.numel() > 0
         and has_kernels()
     )
@@ -56,6 +56,12 @@ def encode_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`quantize_activation`: codes int8 [..., D] and scales float32 [..., 1] of float32 or bfloat16 [..., D]."""
     codes: tuple[Tensor, Tensor] = torch.ops.wrinklefree.encode_activation(x, bits)
     return codes
+
+
+def decode_activation(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes * scale of int8 [..., D] and float32 [..., 1], rounded once to `dtype`, float32 or bfloat16."""
+    values: Tensor = torch.ops.wrinklefree.decode_activation(codes, scale, dtype)
+    return values
 
 
 def pack_ternary(codes: Tensor) -> Tensor:
@@ -83,6 +89,7 @@ def ternary_product(
 
 _operators = torch.library.Library("wrinklefree", "DEF")
 _operators.define("encode_activation(Tensor x, int bits) -> (Tensor, Tensor)")
+_operators.define("decode_activation(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor")
 _operators.define("pack_ternary(Tensor codes) -> Tensor")
 _operators.define(
     "ternary_product(Tensor codes, Tensor scale, Tensor tiles, Tensor weight_scale, int out_features, ScalarType dtype)"
@@ -92,6 +99,10 @@ _operators.define(
 
 def _empty_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+
+
+def _empty_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return codes.new_empty(codes.shape, dtype=dtype)
 
 
 def _empty_tiles(codes: Tensor) -> Tensor:
@@ -110,6 +121,13 @@ def _encode(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     codes, scale = _empty_codes(x, bits)
     _call("wf_encode", scale.numel(), width, TYPES[x.dtype], x, 2 ** (bits - 1) - 1, codes, scale)
     return codes, scale
+
+
+def _decode(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    codes, scale = codes.contiguous(), scale.contiguous()
+    values = _empty_values(codes, scale, dtype)
+    _call("wf_decode", scale.numel(), codes.shape[-1], codes, scale, TYPES[dtype], values)
+    return values
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -145,8 +163,10 @@ def _call(name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
 
 
 _operators.impl("encode_activation", _encode, "CPU")
+_operators.impl("decode_activation", _decode, "CPU")
 _operators.impl("pack_ternary", _pack, "CPU")
 _operators.impl("ternary_product", _multiply, "CPU")
 torch.library.register_fake("wrinklefree::encode_activation", _empty_codes, lib=_operators)
+torch.library.register_fake("wrinklefree::decode_activation", _empty_values, lib=_operators)
 torch.library.register_fake("wrinklefree::pack_ternary", _empty_tiles, lib=_operators)
 torch.library.register_fake("wrinklefree::ternary_product", _empty_product, lib=_operators)

@@ -78,15 +78,24 @@ static const Choice choices[] = {
     {&wf_plain, always},
 };
 
+enum { CHOICES = sizeof choices / sizeof *choices };
+
+/* Asked once: in a virtual machine a cpuid takes tens of microseconds. */
+static int runs(size_t choice) {
+    static _Atomic signed char known[CHOICES];
+    if (!known[choice]) known[choice] = choices[choice].runs() ? 1 : -1;
+    return known[choice] > 0;
+}
+
 const WfKernels *wf_kernels(const char *name) {
-    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++)
-        if ((!name || !strcmp(name, choices[i].kernels->name)) && choices[i].runs()) return choices[i].kernels;
+    for (size_t i = 0; i < CHOICES; i++)
+        if ((!name || !strcmp(name, choices[i].kernels->name)) && runs(i)) return choices[i].kernels;
     return NULL;
 }
 
 const char *wf_isa_name(int32_t index) {
-    for (size_t i = 0; i < sizeof choices / sizeof *choices; i++)
-        if (choices[i].runs() && index-- == 0) return choices[i].kernels->name;
+    for (size_t i = 0; i < CHOICES; i++)
+        if (runs(i) && index-- == 0) return choices[i].kernels->name;
     return NULL;
 }
 

@@ -88,6 +88,9 @@ WF_API void wf_runner_free(WfRunner *runner);
  * Codes [tokens][width] and scales [tokens] of activations x [tokens][width], as wf_quantize. */
 WF_API int32_t wf_encode(WfRunner *runner, int32_t tokens, int32_t width, int32_t type, const void *x, int32_t code_max,
                          int8_t *codes, float *scales);
+/* codes * scale of the token. */
+WF_API int32_t wf_decode(WfRunner *runner, int32_t tokens, int32_t width, const int8_t *codes, const float *scales, int32_t type,
+                         void *y);
 /* Tiles (kernels.h) of ternary codes [rows][columns], padded with zero weights. */
 WF_API int32_t wf_pack(WfRunner *runner, int32_t rows, int32_t columns, const int8_t *codes, uint8_t *tiles);
 /* y [tokens][rows] = codes [tokens][columns] times tiles, times the token's scale times `scale`. */

@@ -115,6 +115,12 @@ TARGET static void SET(quantize)(const float *x, size_t width, size_t token, con
     }
 }
 
+TARGET static void SET(decode)(const int8_t *codes, float scale, size_t width, float *y) {
+    size_t i = 0;
+    for (; i + LANES <= width; i += LANES) SET(save)(y + i, load_codes(codes + i) * SET(splat)(scale));
+    for (; i < width; i++) y[i] = (float)codes[i] * scale;
+}
+
 INLINE VEC SET(finished)(const int32_t *sums, const int32_t *offsets, size_t planes, float scale, const WfFinish *to, size_t row) {
     VEC y = __builtin_convertvector(*(const IVEC *)(sums + row) - offsets[0], VEC);
     if (planes == 2) y = y * 128.0f + __builtin_convertvector(*(const IVEC *)(sums + WF_ROWS + row) - offsets[1], VEC);
@@ -229,7 +235,7 @@ TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
     const WfKernels symbol = {                                                                                          \
         .name = label, .ternary = ternary_function, .bytes = bytes_function, .nibbles = nibbles_function,                   \
         .finish = SET(finish),                                                                                          \
-        .quantize = SET(quantize), .rms_norm = SET(rms_norm), .rotate = SET(rotate), .gate = SET(gate),                 \
+        .quantize = SET(quantize), .decode = SET(decode), .rms_norm = SET(rms_norm), .rotate = SET(rotate), .gate = SET(gate),                 \
         .attend = {[WF_F32] = SET(attend_f32), [WF_F16] = SET(attend_f16), [WF_INT8] = SET(attend_int8)},                   \
         .store = {[WF_F32] = SET(store_f32), [WF_F16] = SET(store_f16), [WF_INT8] = SET(store_int8)},                       \
         .load_row = {SET(load_row_f32), SET(load_row_f16), SET(load_row_bf16)},                                         \

@@ -22,6 +22,7 @@
 
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #include "engine.h"
 
@@ -71,6 +72,7 @@ typedef struct {
     void (*nibbles)(const uint8_t *tiles, size_t groups, const int8_t *codes, size_t stride, size_t tokens, int32_t *sums);
     void (*finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *finish);
     void (*quantize)(const float *x, size_t width, size_t token, const WfCodes *codes);
+    void (*decode)(const int8_t *codes, float scale, size_t width, float *y);
     void (*rms_norm)(const float *x, const float *gain, size_t width, float eps, float *y);
     void (*rotate)(float *x, const float *cosines, const float *sines, size_t half);
     void (*gate)(const float *gate, const float *up, size_t width, int squared_relu, float *y);
@@ -93,6 +95,14 @@ extern const WfKernels wf_neon;
 const WfKernels *wf_kernels(const char *name);
 
 static inline size_t wf_padded(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+/* Half to even; a NaN stays one. */
+static inline uint16_t wf_bfloat16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 
 /* Bytes of WF_KEY_BLOCK positions of one head: keys, or values with padded width. */
 static inline size_t wf_cache_block(int32_t type, size_t width) {

@@ -1,19 +1,9 @@
 #include "product.h"
 
-#include <string.h>
-
 enum {
     ITEM_BYTES = 16 << 10,      /* weights of an item: enough to be worth a claim */
     ITEM_TOKENS = 2 * WF_CALL_ROWS, /* their codes stay in the second-level cache while all weights pass */
 };
-
-/* To bfloat16, half to even; a NaN stays one. */
-static uint16_t rounded(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-}
 
 static void product_item(void *argument, size_t item, size_t worker) {
     const WfProducts *job = argument;
@@ -38,7 +28,7 @@ static void product_item(void *argument, size_t item, size_t worker) {
             if (!p->rounded) finish.y = p->y + t * p->stride + row, finish.stride = p->stride;
             job->kernels->finish(sums, 0, tokens, &codes, &finish);
             for (size_t i = 0; p->rounded && i < tokens; i++)
-                for (size_t r = 0; r < finish.rows; r++) p->rounded[(t + i) * p->stride + row + r] = rounded(exact[i * WF_ROWS + r]);
+                for (size_t r = 0; r < finish.rows; r++) p->rounded[(t + i) * p->stride + row + r] = wf_bfloat16(exact[i * WF_ROWS + r]);
         }
     }
 }

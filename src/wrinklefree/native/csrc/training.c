@@ -61,6 +61,32 @@ int32_t wf_encode(WfRunner *runner, int32_t tokens, int32_t width, int32_t type,
 }
 
 typedef struct {
+    WfRunner *runner;
+    const int8_t *codes;
+    const float *scales;
+    void *y;
+    size_t width;
+    int32_t type;
+} Decode;
+
+static void decode_token(void *argument, size_t token, size_t worker) {
+    const Decode *job = argument;
+    const int half = job->type == WF_BF16;
+    float *row = half ? job->runner->rows + worker * job->runner->width : (float *)job->y + token * job->width;
+    job->runner->kernels->decode(job->codes + token * job->width, job->scales[token], job->width, row);
+    uint16_t *y = (uint16_t *)job->y + token * job->width;
+    for (size_t i = 0; half && i < job->width; i++) y[i] = wf_bfloat16(row[i]);
+}
+
+int32_t wf_decode(WfRunner *runner, int32_t tokens, int32_t width, const int8_t *codes, const float *scales, int32_t type, void *y) {
+    if (tokens < 1 || width < 1 || !is_float(type)) return 1;
+    if (type == WF_BF16 && !wf_runner_reserve_rows(runner, (size_t)width)) return 1;
+    Decode job = {runner, codes, scales, y, (size_t)width, type};
+    for_tokens(runner->pool, (size_t)tokens, decode_token, &job);
+    return 0;
+}
+
+typedef struct {
     const int8_t *codes;
     uint8_t *tiles;
     size_t rows, columns, groups;
