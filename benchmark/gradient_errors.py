@@ -68,10 +68,10 @@ def watch(model: CausalLM, batch: Batch) -> dict[str, list[Seen]]:
 @torch.no_grad()
 def both_gradients(seen: Seen, kind: BackwardProducts) -> tuple[Tensor, Tensor]:
     """(of the input, of the weight), in float32."""
-    w_codes, w_scale, _ = seen.layer.weight_codes(torch.float32)
+    weight = seen.layer.ternary_weight(torch.float32)
     codes = seen.layer.encode_input(seen.input)
     x_codes, x_scale = (seen.input, None) if codes is None else (codes.codes, codes.scale)
-    of_x = grad_input(seen.grad, w_codes, w_scale, dtype=torch.float32, kind=kind)
+    of_x = grad_input(seen.grad, weight, dtype=torch.float32, kind=kind)
     return of_x, grad_weight(seen.grad, x_codes, x_scale, dtype=torch.float32, kind=kind)
 
 

@@ -14,6 +14,7 @@ from wrinklefree.models import byte_products
 from wrinklefree.models.bitlinear import BitLinear, set_products, set_quantization
 from wrinklefree.models.byte_products import (
     LONGEST_INT8_SUM,
+    TernaryWeight,
     fits,
     float8_product,
     grad_input,
@@ -24,6 +25,7 @@ from wrinklefree.models.byte_products import (
 from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
+from wrinklefree.quantization import cpu_kernels
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
 from wrinklefree.quantization.options import BackwardProducts
 from wrinklefree.quantization.weight_quant import Ternary, ternarize
@@ -31,6 +33,9 @@ from wrinklefree.quantization.weight_quant import Ternary, ternarize
 CUDA = torch.cuda.is_available()
 TOKENS, OUT, IN = 1040, 48, 64
 """More tokens than float32 sums exactly, and both types' multiples."""
+
+
+needs_kernels = pytest.mark.skipif(not cpu_kernels.has_kernels(), reason="needs the C kernels")
 
 
 def errors_of(mine: Tensor, exact: Tensor) -> float:
@@ -48,9 +53,14 @@ def operands(
     return grad.to(device, dtype), ternarize(weight.to(device)), quantize_activation(x.to(device))
 
 
+def for_products(weight: Ternary, dtype: torch.dtype, *, packed: bool = False) -> TernaryWeight:
+    values = cpu_kernels.pack_ternary(weight.codes) if packed else weight.codes.to(dtype)
+    return TernaryWeight(values, weight.scale, (weight.codes.shape[0], weight.codes.shape[1]), dtype)
+
+
 def both(kind: BackwardProducts, **how: Any) -> tuple[Tensor, Tensor]:
     grad, weight, x = operands(**how)
-    of_x = grad_input(grad, weight.codes.to(grad.dtype), weight.scale, dtype=torch.float32, kind=kind)
+    of_x = grad_input(grad, for_products(weight, grad.dtype), dtype=torch.float32, kind=kind)
     return of_x, grad_weight(grad, x.codes, x.scale, dtype=torch.float32, kind=kind)
 
 
@@ -100,18 +110,21 @@ def test_the_longest_sum_fits_an_int32() -> None:
 
 
 @pytest.mark.parametrize("tokens", [TOKENS, 14])
-def test_int8_forward_products_are_exact(tokens: int) -> None:
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_kernels)])
+def test_int8_forward_products_are_exact(tokens: int, packed: bool) -> None:
     _, weight, x = operands(tokens)
-    how: Any = {"x_codes": x.codes, "x_scale": x.scale, "w_scale": weight.scale, "overwrite": True}
+    how: Any = {"x_codes": x.codes, "x_scale": x.scale, "overwrite": True}
     sums = x.codes.numpy().astype(np.int64) @ weight.codes.numpy().astype(np.int64).T
     expected = sums.astype(np.float32) * (x.scale * weight.scale).numpy()
-    for kind in ("int8", "float"):
-        assert np.array_equal(output_product(w_codes=weight.codes.float(), kind=kind, **how).numpy(), expected)
-    narrow = weight.codes.to(torch.bfloat16)
+    exact = for_products(weight, torch.float32, packed=packed)
+    for kind in ("auto", "int8", "float"):
+        assert np.array_equal(output_product(weight=exact, kind=kind, **how).numpy(), expected)
+    narrow = for_products(weight, torch.bfloat16, packed=packed)
     rounded_once = torch.from_numpy(expected).to(torch.bfloat16)
-    once, twice = (output_product(w_codes=narrow, kind=kind, **how) for kind in ("int8", "float"))
+    once, twice, auto = (output_product(weight=narrow, kind=kind, **how) for kind in ("int8", "float", "auto"))
     assert torch.equal(once, rounded_once) == (tokens == TOKENS), "14 tokens do not fit"
     assert not torch.equal(twice, rounded_once), "bfloat16 rounds the sum before the scale"
+    assert torch.equal(auto, rounded_once if packed else twice)
     assert errors_of(twice.float(), rounded_once.float()) < 4e-3
 
 
@@ -146,6 +159,21 @@ def test_which_codes_e4m3_holds() -> None:
 def test_errors_of_random_gradients(kind: BackwardProducts, least: float, most: float) -> None:
     for mine, exact in zip(both(kind), both("exact"), strict=True):
         assert least < errors_of(mine, exact) < most
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", ["exact", "int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_packed_weight_gives_the_same_gradient(kind: BackwardProducts, dtype: torch.dtype) -> None:
+    grad, weight, _ = operands(dtype=dtype)
+    dense, packed = (
+        grad_input(grad, for_products(weight, dtype, packed=packed), dtype=torch.float32, kind=kind)
+        for packed in (False, True)
+    )
+    if (kind, dtype) == ("exact", torch.float32):
+        assert errors_of(packed, dense) < 1e-6, "the scale is inside the sums"
+    else:
+        assert torch.equal(packed, dense)
 
 
 def test_exact_rounds_nothing_but_the_input() -> None:
@@ -199,7 +227,7 @@ def test_inputs_that_are_not_quantized_leave_the_weights_gradient_exact(kind: Ba
 def test_a_gradient_that_is_not_finite_stays_so(kind: BackwardProducts) -> None:
     grad, weight, x = operands()
     grad[0, 5, 7] = torch.inf
-    of_x = grad_input(grad, weight.codes.float(), weight.scale, dtype=torch.float32, kind=kind)
+    of_x = grad_input(grad, for_products(weight, grad.dtype), dtype=torch.float32, kind=kind)
     of_weight = grad_weight(grad, x.codes, x.scale, dtype=torch.float32, kind=kind)
     assert not of_x[0, 5].isfinite().any()
     assert of_x[1].isfinite().all()
@@ -241,7 +269,7 @@ def make_layer(bits: Any = 8) -> tuple[BitLinear, Tensor]:
 def test_a_layer_changes_nothing_but_the_two_products(bits: Any, kind: BackwardProducts) -> None:
     layer, x = make_layer(bits)
     exact = layer_gradients(layer, layer, x)
-    set_products(layer, "float", kind)
+    set_products(layer, "auto", kind)
     output, of_x, of_weight, of_bias = layer_gradients(layer, layer, x)
     assert torch.equal(output, exact[0])
     assert torch.equal(of_bias, exact[3])
@@ -250,7 +278,7 @@ def test_a_layer_changes_nothing_but_the_two_products(bits: Any, kind: BackwardP
         assert torch.equal(of_weight, exact[2])
     else:
         assert 1e-3 < errors_of(of_weight, exact[2]) < 0.1
-    set_products(layer, "float", "exact")
+    set_products(layer, "auto", "exact")
     for mine, theirs in zip(layer_gradients(layer, layer, x), exact, strict=True):
         assert torch.equal(mine, theirs)
 
@@ -401,10 +429,10 @@ def test_a_gpus_int8_forward_pass_is_the_cpus() -> None:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_nothing_waits_for_the_gpu(kind: BackwardProducts) -> None:
     grad, weight, x = operands(device="cuda", dtype=torch.bfloat16)
-    codes = weight.codes.to(grad.dtype)
+    ternary = for_products(weight, grad.dtype)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        grad_input(grad, codes, weight.scale, dtype=torch.bfloat16, kind=kind)
+        grad_input(grad, ternary, dtype=torch.bfloat16, kind=kind)
         grad_weight(grad, x.codes, x.scale, dtype=torch.float32, kind=kind)
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -14,14 +14,20 @@ weight between the thresholds then has a gradient of its own and is not only pus
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
-from wrinklefree.models.byte_products import grad_input, grad_weight, multiplies_tiles, output_product
+from wrinklefree.models.byte_products import (
+    TernaryWeight,
+    grad_input,
+    grad_weight,
+    multiplies_tiles,
+    output_product,
+)
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.quantization import cpu_kernels
 from wrinklefree.quantization.activation_quant import ActivationCodes, quantize_activation
@@ -48,18 +54,21 @@ class _IntegerMatmul(torch.autograd.Function):
         bias: Tensor | None,
         x_codes: Tensor,
         x_scale: Tensor | None,
-        w_codes: Tensor,
+        w_values: Tensor,
         w_scale: Tensor,
-        w_tiles: Tensor | None,
+        dtype: torch.dtype,
         overwrite: bool,
         forward_products: ForwardProducts,
         backward_products: BackwardProducts,
     ) -> Tensor:
         """`x_scale` is None where activations are not quantized; then `x_codes` is the input itself."""
-        output = output_product(x_codes, x_scale, w_codes, w_scale, w_tiles, kind=forward_products, overwrite=overwrite)
+        shape = (weight.shape[0], weight.shape[1])
+        ternary = TernaryWeight(w_values, w_scale, shape, dtype)
+        output = output_product(x_codes, x_scale, ternary, kind=forward_products, overwrite=overwrite)
         if bias is not None:
             output.add_(bias)
-        ctx.save_for_backward(x_codes, x_scale, w_codes, w_scale)
+        ctx.save_for_backward(x_codes, x_scale, w_values, w_scale)
+        ctx.shape, ctx.dtype = shape, dtype
         ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.backward_products = backward_products
         return output
@@ -67,13 +76,13 @@ class _IntegerMatmul(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients as if the dequantized weight and input had been multiplied."""
-        x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
+        x_codes, x_scale, w_values, w_scale = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
         kind: BackwardProducts = ctx.backward_products
-        grad = grad_outputs[0].to(w_codes.dtype)
+        grad = grad_outputs[0].to(ctx.dtype)
         of_x = of_weight = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad_input(grad, w_codes, w_scale, dtype=x_dtype, kind=kind)
+            of_x = grad_input(grad, TernaryWeight(w_values, w_scale, ctx.shape, ctx.dtype), dtype=x_dtype, kind=kind)
         if ctx.needs_input_grad[1]:
             of_weight = grad_weight(grad, x_codes, x_scale, dtype=weight_dtype, kind=kind)
         if ctx.needs_input_grad[2]:
@@ -98,17 +107,6 @@ def _count_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[Any, A
 register_optimizer_step_post_hook(_count_step)
 
 
-class WeightCodes(NamedTuple):
-    """A ternary weight as products read it."""
-
-    codes: Tensor
-    """-1, 0 and 1 in the compute dtype, [out_features, in_features]."""
-    scale: Tensor
-    """float32, 0-dimensional."""
-    tiles: Tensor | None
-    """The codes in two bits (`cpu_kernels.pack_ternary`), where the forward pass multiplies those."""
-
-
 @dataclass(frozen=True)
 class _CachedCodes:
     """Codes of one version of a weight."""
@@ -118,15 +116,15 @@ class _CachedCodes:
     version: int
     optimizer_steps: int
     gain_version: int
-    weight: WeightCodes
+    weight: TernaryWeight
 
     def belongs_to(self, weight: Tensor, dtype: torch.dtype, gain_version: int, *, packed: bool) -> bool:
         return (
             self.version == weight._version
             and self.gain_version == gain_version
             and self.optimizer_steps == _OptimizerSteps.count
-            and self.weight.codes.dtype == dtype
-            and (self.weight.tiles is not None) == packed
+            and self.weight.dtype == dtype
+            and self.weight.packed == packed
             and self.source.device == weight.device
             and self.source.data_ptr() == weight.data_ptr()
         )
@@ -175,7 +173,7 @@ class BitLinear(nn.Linear):
         self.gathered_scale: Tensor | None = None
         """Set where `weight` is gathered from shards as codes: it then holds -1, 0 and 1, and this is their scale."""
         self._weight_codes: _CachedCodes | None = None
-        self._codes_for_graph: WeightCodes | None = None
+        self._codes_for_graph: TernaryWeight | None = None
 
     def set_quantization(self, value: float) -> None:
         """Set lambda and forget cached codes."""
@@ -190,7 +188,7 @@ class BitLinear(nn.Linear):
         Without this, a graph rounds the weight itself, in every forward pass.
         """
         if self.fully_quantized and self.keeps_codes and self.gathered_scale is None:
-            self._codes_for_graph = self.weight_codes(self._compute_dtype(self.weight.device.type))
+            self._codes_for_graph = self.ternary_weight(self._compute_dtype(self.weight.device.type))
         else:
             self._codes_for_graph = None
 
@@ -205,19 +203,23 @@ class BitLinear(nn.Linear):
             return quantize_activation(x, self.activation_bits)
         return None
 
-    def weight_codes(self, dtype: torch.dtype) -> WeightCodes:
-        """Ternary codes of the current weight in the compute dtype, and their scale; cached per weight version.
+    def weight_codes(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Ternary codes of the current weight in the compute dtype, and their scale; as old as `ternary_weight`'s."""
+        weight = self.ternary_weight(dtype)
+        return weight.codes(), weight.scale
+
+    def ternary_weight(self, dtype: torch.dtype) -> TernaryWeight:
+        """The current weight as products in the compute dtype read it; cached per weight version.
 
         Writes that PyTorch does not count, `weight.data.copy_(...)`, are seen after the next optimizer step or
         `set_quantization` only; use `torch.no_grad()` and `weight.copy_(...)`.
         """
         if self.gathered_scale is not None:
-            codes = self.weight.detach()
-            return self._with_tiles(codes.to(dtype), codes, self.gathered_scale)
+            return self._for_products(self.weight.detach(), self.gathered_scale, dtype)
         if torch.compiler.is_compiling() and self._codes_for_graph is not None:
             return self._codes_for_graph
         if torch.compiler.is_compiling() or not self.keeps_codes:
-            return self._new_codes(dtype)
+            return self._for_products(*self._codes_and_scale(), dtype)
         cached = self._weight_codes
         gain_version = 0 if self.scale_gain is None else self.scale_gain._version
         packed = self._multiplies_tiles(dtype)
@@ -225,20 +227,19 @@ class BitLinear(nn.Linear):
             # Codes first needed in an evaluation must also serve the training steps after it.
             with torch.inference_mode(False):
                 source = self.weight.detach()
-                cached = _CachedCodes(
-                    source, source._version, _OptimizerSteps.count, gain_version, self._new_codes(dtype)
-                )
+                weight = self._for_products(*self._codes_and_scale(), dtype)
+                cached = _CachedCodes(source, source._version, _OptimizerSteps.count, gain_version, weight)
             self._weight_codes = cached
         return cached.weight
 
-    def _new_codes(self, dtype: torch.dtype) -> WeightCodes:
+    def _codes_and_scale(self) -> tuple[Tensor, Tensor]:
         ternary = self.ternary()
-        return self._with_tiles(ternary.codes.to(dtype), ternary.codes, ternary.scale)
+        return ternary.codes, ternary.scale
 
-    def _with_tiles(self, codes: Tensor, any_codes: Tensor, scale: Tensor) -> WeightCodes:
-        """`any_codes` are the codes in a type that may be int8 already."""
-        packed = self._multiplies_tiles(codes.dtype)
-        return WeightCodes(codes, scale, cpu_kernels.pack_ternary(any_codes.to(torch.int8)) if packed else None)
+    def _for_products(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> TernaryWeight:
+        packed = self._multiplies_tiles(dtype)
+        values = cpu_kernels.pack_ternary(codes.to(torch.int8)) if packed else codes.to(dtype)
+        return TernaryWeight(values, scale, (self.out_features, self.in_features), dtype)
 
     def _multiplies_tiles(self, dtype: torch.dtype) -> bool:
         return (
@@ -283,15 +284,18 @@ class BitLinear(nn.Linear):
         if not self.fully_quantized:
             return self.reference_forward(input)
         dtype = self._compute_dtype(input.device.type)
-        w_codes, w_scale, w_tiles = self.weight_codes(dtype)
+        ternary = self.ternary_weight(dtype)
         codes = self.encode_input(input) if codes is None else codes
         if codes is None:
             x_codes, x_scale = input.detach().to(dtype), None
         else:
             x_codes, x_scale = codes.codes, codes.scale
-        weight, bias = self._trained_weight(w_codes, w_scale, 1.0), self.folded_bias(w_codes)
+        weight, bias = self.weight, self.bias
+        if self.scale_gain is not None or self.dead_zone_bias > 0:
+            w_codes = ternary.codes()
+            weight, bias = self._trained_weight(w_codes, ternary.scale, 1.0), self.folded_bias(w_codes)
         output: Any = _IntegerMatmul.apply(
-            input, weight, bias, x_codes, x_scale, w_codes, w_scale, w_tiles,
+            input, weight, bias, x_codes, x_scale, ternary.values, ternary.scale, dtype,
             self.overwrites_products, self.forward_products, self.backward_products,
         )  # fmt: skip
         return output

@@ -8,9 +8,10 @@ Backward, with the gradient G of Y, and codes that multiply with scales to X (a 
     dX = G W            = (G @ w_codes) * w_scale
     dW = G^T X          = G^T @ (x_codes * x_scale) = (G * x_scale)^T @ x_codes
 
-`exact` writes X out, rounded once to the compute dtype. One factor of each product is integer codes already. `int8` and `fp8` round the other one to a byte, with one scale a row of
-the product's left factor, which can therefore be taken out of the sum: a token of G in dX, an output channel of G * x_scale
-in dW. The forward pass, biases and stored gradients stay as they are.
+`exact` writes X out, rounded once to the compute dtype. But one factor of each product is integer codes already: `int8` and
+`fp8` round the other one to a byte, with one scale a row of the product's left factor, which can therefore be taken out of
+the sum: a token of G in dX, an output channel of G * x_scale in dW. The forward pass, biases and stored gradients stay as
+they are.
 
 int8   sums are exact integers; what is lost is G's rounding. dX is SwitchBack's (arXiv:2304.13013), which keeps dW in 16
        bits, as its sum runs over all tokens and an output channel's largest token decides the step of all of them. Here dW
@@ -28,10 +29,14 @@ Devices differ in what they accept; `fits` takes the rules of the strictest, CUD
 computes one function on every device. What does not fit is multiplied exactly. Both factors lie with the summed dimension
 innermost, the one layout that every GPU's int8 and float8 products take; that transposes two matrices of bytes.
 
-Where a CPU has no int8 instructions, `torch._int_mm` is a plain loop, 50 times slower than float32, in which sums of up to
-1024 products of codes are exact as well: those integers are made there. float8 is emulated on every CPU: values are
-rounded, products are float32. So on a CPU the options show errors, and cost time.
+On a CPU, products with the weight's codes (Y and dX) are made by our own kernels from two bits a weight
+(`quantization/cpu_kernels.py`), which is also how the weight is kept between the passes. dW has no ternary factor: where
+the CPU has int8 instructions it takes `torch._int_mm`, which is else a plain loop, 50 times slower than float32, in which
+sums of up to 1024 products of codes are exact as well. float8 is emulated on every CPU: values are rounded, products are
+float32. So on a CPU the two options of the backward pass show errors more than they save time.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,65 +84,81 @@ def multiplies_tiles(kind: ForwardProducts, dtype: torch.dtype, summed: int) -> 
     )
 
 
+class TernaryWeight(NamedTuple):
+    """A weight as products read it."""
+
+    values: Tensor
+    """-1, 0 and 1 in the compute dtype, [out_features, in_features]; or packed in tiles (`cpu_kernels.pack_ternary`)."""
+    scale: Tensor
+    """float32, 0-dimensional."""
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    """The compute dtype."""
+
+    @property
+    def packed(self) -> bool:
+        """Whether `values` are tiles."""
+        return self.values.dtype == torch.uint8
+
+    def codes(self) -> Tensor:
+        """-1, 0 and 1 in the compute dtype, [out_features, in_features]."""
+        return cpu_kernels.unpack_ternary(self.values, self.shape, None, self.dtype) if self.packed else self.values
+
+
 def output_product(
-    x_codes: Tensor,
-    x_scale: Tensor | None,
-    w_codes: Tensor,
-    w_scale: Tensor,
-    w_tiles: Tensor | None = None,
-    *,
-    kind: ForwardProducts,
-    overwrite: bool,
+    x_codes: Tensor, x_scale: Tensor | None, weight: TernaryWeight, *, kind: ForwardProducts, overwrite: bool
 ) -> Tensor:
-    """Output without bias, [..., out_features], in the type of `w_codes`, the compute dtype.
+    """Output without bias, [..., out_features], in the compute dtype.
 
     Args:
         x_codes: int8 [..., in_features]; the input itself where it is not quantized.
         x_scale: float32 [..., 1]; None where the input is not quantized: then the product is made in the compute dtype.
-        w_codes: -1, 0 and 1, [out_features, in_features].
-        w_scale: float32, 0-dimensional.
-        w_tiles: The codes packed for the CPU's kernels, where `multiplies_tiles`.
+        weight: Packed where `multiplies_tiles`.
         kind: How to multiply, where it fits.
         overwrite: Scale a product where it lies.
     """
     if x_scale is None:
-        product = functional.linear(x_codes.to(w_codes.dtype), w_codes)
-        return product.mul_(w_scale) if overwrite else product * w_scale
-    tokens, (columns, summed) = x_codes.numel() // x_codes.shape[-1], w_codes.shape
+        product = functional.linear(x_codes.to(weight.dtype), weight.codes())
+        return product.mul_(weight.scale) if overwrite else product * weight.scale
+    tokens, (columns, summed) = x_codes.numel() // x_codes.shape[-1], weight.shape
     whole = kind == "int8" and fits("int8", tokens, summed, columns)
-    if w_tiles is not None and (whole or kind == "auto"):
-        return cpu_kernels.ternary_product(x_codes, x_scale, w_tiles, w_scale, columns, w_codes.dtype)
+    if weight.packed and (whole or kind == "auto"):
+        return cpu_kernels.ternary_product(x_codes, x_scale, weight.values, weight.scale, columns, weight.dtype)
+    codes = weight.codes()
     if whole:
-        sums = integer_product(x_codes.reshape(tokens, summed), w_codes.to(torch.int8)).to(torch.float32)
-        return sums.mul_(x_scale.reshape(tokens, 1) * w_scale).to(w_codes.dtype).reshape(*x_codes.shape[:-1], columns)
-    product = functional.linear(x_codes.to(w_codes.dtype), w_codes)
-    return scaled_rows(product, x_scale * w_scale, out=product if overwrite else None)
+        sums = integer_product(x_codes.reshape(tokens, summed), codes.to(torch.int8)).to(torch.float32)
+        return (
+            sums.mul_(x_scale.reshape(tokens, 1) * weight.scale).to(codes.dtype).reshape(*x_codes.shape[:-1], columns)
+        )
+    product = functional.linear(x_codes.to(codes.dtype), codes)
+    return scaled_rows(product, x_scale * weight.scale, out=product if overwrite else None)
 
 
-def grad_input(
-    grad: Tensor, w_codes: Tensor, w_scale: Tensor, *, dtype: torch.dtype, kind: BackwardProducts = "exact"
-) -> Tensor:
+def grad_input(grad: Tensor, weight: TernaryWeight, *, dtype: torch.dtype, kind: BackwardProducts = "exact") -> Tensor:
     """Gradient of the input, [..., in_features], in `dtype`.
 
     Args:
         grad: [..., out_features], in the compute dtype.
-        w_codes: -1, 0 and 1, [out_features, in_features], in the compute dtype.
-        w_scale: float32, 0-dimensional.
+        weight: Codes or tiles.
         dtype: The input's.
         kind: How to multiply, where it fits.
     """
     tokens = grad.numel() // grad.shape[-1]
-    if not fits(kind, tokens, *w_codes.shape):
-        return (grad @ w_codes).to(dtype).mul_(w_scale)
+    if not fits(kind, tokens, *weight.shape):
+        if weight.packed and grad.dtype == torch.float32:
+            return (grad @ cpu_kernels.unpack_ternary(weight.values, weight.shape, weight.scale, grad.dtype)).to(dtype)
+        # In bfloat16 the scale would be rounded, for all weights alike.
+        return (grad @ weight.codes()).to(dtype).mul_(weight.scale)
+    transposed = weight.codes().T
     if kind == "int8" and grad.device.type == "cpu" and multiplies_tiles("int8", torch.float32, grad.shape[-1]):
         rounded = gradient_to_int8(grad.reshape(tokens, -1))
-        tiles = cpu_kernels.pack_ternary(w_codes.T.to(torch.int8))
+        tiles = cpu_kernels.pack_ternary(transposed.to(torch.int8))
         product = cpu_kernels.ternary_product(
-            rounded.values, rounded.scale, tiles, w_scale, w_codes.shape[1], torch.float32
+            rounded.values, rounded.scale, tiles, weight.scale, weight.shape[1], torch.float32
         )
         return product.to(dtype).reshape(*grad.shape[:-1], -1)
-    product, scale = _rounded_product(grad.reshape(tokens, -1), w_codes.T, kind)
-    return product.mul_(scale * w_scale).to(dtype).reshape(*grad.shape[:-1], -1)
+    product, scale = _rounded_product(grad.reshape(tokens, -1), transposed, kind)
+    return product.mul_(scale * weight.scale).to(dtype).reshape(*grad.shape[:-1], -1)
 
 
 def grad_weight(
@@ -154,10 +175,7 @@ def grad_weight(
     """
     tokens = grad.numel() // grad.shape[-1]
     if x_scale is None or not fits(kind, grad.shape[-1], tokens, x_codes.shape[-1]):
-        if x_scale is None:
-            inputs = x_codes.to(grad.dtype)
-        else:
-            inputs = ActivationCodes(x_codes, x_scale).dequantize(grad.dtype)
+        inputs = x_codes.to(grad.dtype) if x_scale is None else ActivationCodes(x_codes, x_scale).dequantize(grad.dtype)
         return (rows_for_product(grad.flatten(0, -2)) @ inputs.flatten(0, -2)).to(dtype)
     # float32: in the compute dtype the scaled gradient would be rounded twice.
     scaled = (grad.to(torch.float32) * x_scale).reshape(tokens, -1)

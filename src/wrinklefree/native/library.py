@@ -8,7 +8,7 @@ import ctypes
 import hashlib
 import os
 import platform
-from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_float, c_int8, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -77,6 +77,8 @@ _SIGNATURES = {
     "wf_runner_free": (None, (c_void_p,)),
     "wf_encode": (c_int32, (c_void_p, c_int32, c_int32, c_int32, c_void_p, c_int32, c_void_p, c_void_p)),
     "wf_decode": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_void_p)),
+    "wf_ternarize": (c_int32, (c_void_p, c_int64, c_void_p, c_float, c_void_p)),
+    "wf_unpack": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_float, c_int32, c_void_p)),
     "wf_pack": (c_int32, (c_void_p, c_int32, c_int32, c_void_p, c_void_p)),
     "wf_multiply": (
         c_int32,

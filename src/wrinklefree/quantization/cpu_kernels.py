@@ -1,8 +1,8 @@
-"""The C kernels as operators of PyTorch: activations to codes, weights to two bits, the product of both.
+"""The C kernels as operators of PyTorch: weights and activations to codes and back, weights to two bits, the ternary product.
 
-`torch.ops.wrinklefree.encode_activation`, `decode_activation`, `pack_ternary` and `ternary_product` run on CPU tensors; shapes and types are known
-without running them, so a compiled graph goes on around them. What they compute is, bit for bit, what the readable functions
-beside them compute: integer sums are exact, and the scales multiply them in float32 in the same order.
+`torch.ops.wrinklefree.*` run on CPU tensors; shapes and types are known without running them, so a compiled graph goes on
+around them. What they compute is, bit for bit, what the readable functions that call them compute: integer sums are exact,
+and roundings and scales are float32 in the same order.
 """
 
 import ctypes
@@ -59,15 +59,27 @@ def encode_activation(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 def decode_activation(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """codes * scale of int8 [..., D] and float32 [..., 1], rounded once to `dtype`, float32 or bfloat16."""
+    """Codes * scale of int8 [..., D] and float32 [..., 1], rounded once to `dtype`, float32 or bfloat16."""
     values: Tensor = torch.ops.wrinklefree.decode_activation(codes, scale, dtype)
     return values
+
+
+def ternarize(weight: Tensor, scale: Tensor) -> Tensor:
+    """`round_to_codes`: int8 of a float32 weight and a scale of one element."""
+    codes: Tensor = torch.ops.wrinklefree.ternarize(weight, scale)
+    return codes
 
 
 def pack_ternary(codes: Tensor) -> Tensor:
     """int8 codes -1, 0 and 1 [out, in] as tiles, uint8 [blocks of 64 rows, groups of 4 columns, 64]."""
     tiles: Tensor = torch.ops.wrinklefree.pack_ternary(codes)
     return tiles
+
+
+def unpack_ternary(tiles: Tensor, shape: tuple[int, int], scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Codes, times a scale of one element where there is one, [out, in] of `shape`, in float32 or bfloat16."""
+    weight: Tensor = torch.ops.wrinklefree.unpack_ternary(tiles, *shape, scale, dtype)
+    return weight
 
 
 def ternary_product(
@@ -90,6 +102,8 @@ def ternary_product(
 _operators = torch.library.Library("wrinklefree", "DEF")
 _operators.define("encode_activation(Tensor x, int bits) -> (Tensor, Tensor)")
 _operators.define("decode_activation(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor")
+_operators.define("ternarize(Tensor weight, Tensor scale) -> Tensor")
+_operators.define("unpack_ternary(Tensor tiles, int rows, int columns, Tensor? scale, ScalarType dtype) -> Tensor")
 _operators.define("pack_ternary(Tensor codes) -> Tensor")
 _operators.define(
     "ternary_product(Tensor codes, Tensor scale, Tensor tiles, Tensor weight_scale, int out_features, ScalarType dtype)"
@@ -103,6 +117,14 @@ def _empty_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 def _empty_values(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(codes.shape, dtype=dtype)
+
+
+def _empty_weight_codes(weight: Tensor, scale: Tensor) -> Tensor:
+    return weight.new_empty(weight.shape, dtype=torch.int8)
+
+
+def _empty_weight(tiles: Tensor, rows: int, columns: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return tiles.new_empty((rows, columns), dtype=dtype)
 
 
 def _empty_tiles(codes: Tensor) -> Tensor:
@@ -136,20 +158,40 @@ def _pack(codes: Tensor) -> Tensor:
     return tiles
 
 
+def _ternarize(weight: Tensor, scale: Tensor) -> Tensor:
+    weight = weight.contiguous()
+    codes = _empty_weight_codes(weight, scale)
+    _call("wf_ternarize", weight.numel(), weight, ctypes.c_float(scale.item()), codes)
+    return codes
+
+
+def _unpack(tiles: Tensor, rows: int, columns: int, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    weight = _empty_weight(tiles, rows, columns, scale, dtype)
+    _check_tiles(tiles, rows, columns)
+    _call(
+        "wf_unpack", rows, columns, tiles, ctypes.c_float(1.0 if scale is None else scale.item()), TYPES[dtype], weight
+    )
+    return weight
+
+
 def _multiply(
     codes: Tensor, scale: Tensor, tiles: Tensor, weight_scale: Tensor, out_features: int, dtype: torch.dtype
 ) -> Tensor:
     codes, scale = codes.contiguous(), scale.contiguous()
     product = _empty_product(codes, scale, tiles, weight_scale, out_features, dtype)
     tokens, width = scale.numel(), codes.shape[-1]
-    if tiles.shape != (padded(out_features) // ROWS, padded(width, COLUMNS) // COLUMNS, ROWS):
-        raise EngineError(f"tiles of shape {tuple(tiles.shape)} are not a weight of {out_features} x {width}")
+    _check_tiles(tiles, out_features, width)
     if tokens > 0:
         _call(
             "wf_multiply", tiles, ctypes.c_float(weight_scale.item()), out_features, width, tokens, codes, scale,
             TYPES[dtype], product,
         )  # fmt: skip
     return product
+
+
+def _check_tiles(tiles: Tensor, rows: int, columns: int) -> None:
+    if tiles.shape != (padded(rows) // ROWS, padded(columns, COLUMNS) // COLUMNS, ROWS) or not tiles.is_contiguous():
+        raise EngineError(f"tiles of shape {tuple(tiles.shape)} are not a weight of {rows} x {columns}")
 
 
 def _call(name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
@@ -162,11 +204,13 @@ def _call(name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
         raise EngineError(f"{name} refused tensors of the shapes {shapes}: too large, empty, or memory is short")
 
 
-_operators.impl("encode_activation", _encode, "CPU")
-_operators.impl("decode_activation", _decode, "CPU")
-_operators.impl("pack_ternary", _pack, "CPU")
-_operators.impl("ternary_product", _multiply, "CPU")
-torch.library.register_fake("wrinklefree::encode_activation", _empty_codes, lib=_operators)
-torch.library.register_fake("wrinklefree::decode_activation", _empty_values, lib=_operators)
-torch.library.register_fake("wrinklefree::pack_ternary", _empty_tiles, lib=_operators)
-torch.library.register_fake("wrinklefree::ternary_product", _empty_product, lib=_operators)
+for _name, _run, _fake in (
+    ("encode_activation", _encode, _empty_codes),
+    ("decode_activation", _decode, _empty_values),
+    ("ternarize", _ternarize, _empty_weight_codes),
+    ("pack_ternary", _pack, _empty_tiles),
+    ("unpack_ternary", _unpack, _empty_weight),
+    ("ternary_product", _multiply, _empty_product),
+):
+    _operators.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"wrinklefree::{_name}", _fake, lib=_operators)

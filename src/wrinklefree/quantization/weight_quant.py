@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from wrinklefree.quantization import cpu_kernels
 from wrinklefree.quantization.pieces import pays, pieces, scratch_like
 
 MIN_WEIGHT_SCALE = 1e-5
@@ -46,6 +47,8 @@ def ternarize(weight: Tensor, scale: Tensor | None = None) -> Ternary:
 
 def round_to_codes(master: Tensor, scale: Tensor) -> Tensor:
     """clip(round(W / scale), -1, 1) as int8, for a part of a weight whose scale is known; ties to even."""
+    if master.dtype == scale.dtype == torch.float32 and scale.numel() == 1 and cpu_kernels.takes(master, torch.float32):
+        return cpu_kernels.ternarize(master, scale)
     if master.dtype != torch.float32 or scale.dtype != torch.float32 or scale.numel() != 1 or not pays(master):
         return (master / scale).round_().clamp_(-1, 1).to(torch.int8)
     codes = torch.empty(master.shape, dtype=torch.int8)

@@ -91,8 +91,12 @@ WF_API int32_t wf_encode(WfRunner *runner, int32_t tokens, int32_t width, int32_
 /* codes * scale of the token. */
 WF_API int32_t wf_decode(WfRunner *runner, int32_t tokens, int32_t width, const int8_t *codes, const float *scales, int32_t type,
                          void *y);
+/* Codes -1, 0, 1 of weights with a scale. */
+WF_API int32_t wf_ternarize(WfRunner *runner, int64_t count, const float *weights, float scale, int8_t *codes);
 /* Tiles (kernels.h) of ternary codes [rows][columns], padded with zero weights. */
 WF_API int32_t wf_pack(WfRunner *runner, int32_t rows, int32_t columns, const int8_t *codes, uint8_t *tiles);
+/* y [rows][columns] = code * scale. */
+WF_API int32_t wf_unpack(WfRunner *runner, int32_t rows, int32_t columns, const uint8_t *tiles, float scale, int32_t type, void *y);
 /* y [tokens][rows] = codes [tokens][columns] times tiles, times the token's scale times `scale`. */
 WF_API int32_t wf_multiply(WfRunner *runner, const uint8_t *tiles, float scale, int32_t rows, int32_t columns, int32_t tokens,
                            const int8_t *codes, const float *scales, int32_t type, void *y);

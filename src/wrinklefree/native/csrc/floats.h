@@ -121,6 +121,45 @@ TARGET static void SET(decode)(const int8_t *codes, float scale, size_t width, f
     for (; i < width; i++) y[i] = (float)codes[i] * scale;
 }
 
+/* clip(round_half_even(w / scale), -1, 1), as quantization/weight_quant.py rounds. */
+INLINE IVEC SET(ternary_codes)(VEC w, VEC scale) {
+    const VEC magic = SET(splat)(12582912.0f), most = SET(splat)(1.0f);
+    VEC x = w / scale;
+    x = SET(choose)(x > most, most, x);
+    x = SET(choose)(x < -most, -most, x);
+    return (IVEC)(x + magic) - (IVEC)magic;
+}
+
+TARGET static void SET(ternarize)(const float *weights, float scale, size_t count, int8_t *codes) {
+    size_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        SET(bytes) narrow = __builtin_convertvector(SET(ternary_codes)(SET(load)(weights + i), SET(splat)(scale)), SET(bytes));
+        memcpy(codes + i, &narrow, LANES);
+    }
+    if (i == count) return;
+    float tail[LANES] = {0};
+    memcpy(tail, weights + i, (count - i) * sizeof(float));
+    SET(bytes) narrow = __builtin_convertvector(SET(ternary_codes)(SET(load)(tail), SET(splat)(scale)), SET(bytes));
+    memcpy(codes + i, &narrow, count - i);
+}
+
+TARGET static void SET(unpack)(const uint8_t *tiles, size_t r, size_t planes, size_t columns, float scale, float *y, size_t stride) {
+    typedef float Eight __attribute__((vector_size(32), aligned(4), may_alias));
+    typedef uint8_t Bytes __attribute__((vector_size(8), aligned(1), may_alias));
+    for (size_t i = 0; i < columns; i += 8) {
+        uint32_t pair[2] = {0, 0};
+        memcpy(&pair[0], tiles + 16 * i + 4 * r, 4);
+        if (i + 4 < columns) memcpy(&pair[1], tiles + 16 * i + 64 + 4 * r, 4);
+        const uint64_t stored = pair[0] | (uint64_t)pair[1] << 32;
+        for (size_t plane = 0; plane < planes; plane++) {
+            const uint64_t codes = stored >> 2 * plane & 0x0303030303030303u;
+            const Eight values = __builtin_convertvector(*(const Bytes *)&codes, Eight) * scale - scale; /* exact */
+            if (i + 8 <= columns) *(Eight *)(y + plane * stride + i) = values;
+            else memcpy(y + plane * stride + i, &values, (columns - i) * sizeof(float));
+        }
+    }
+}
+
 INLINE VEC SET(finished)(const int32_t *sums, const int32_t *offsets, size_t planes, float scale, const WfFinish *to, size_t row) {
     VEC y = __builtin_convertvector(*(const IVEC *)(sums + row) - offsets[0], VEC);
     if (planes == 2) y = y * 128.0f + __builtin_convertvector(*(const IVEC *)(sums + WF_ROWS + row) - offsets[1], VEC);
@@ -235,7 +274,7 @@ TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
     const WfKernels symbol = {                                                                                          \
         .name = label, .ternary = ternary_function, .bytes = bytes_function, .nibbles = nibbles_function,                   \
         .finish = SET(finish),                                                                                          \
-        .quantize = SET(quantize), .decode = SET(decode), .rms_norm = SET(rms_norm), .rotate = SET(rotate), .gate = SET(gate),                 \
+        .quantize = SET(quantize), .decode = SET(decode), .ternarize = SET(ternarize), .unpack = SET(unpack), .rms_norm = SET(rms_norm), .rotate = SET(rotate), .gate = SET(gate),                 \
         .attend = {[WF_F32] = SET(attend_f32), [WF_F16] = SET(attend_f16), [WF_INT8] = SET(attend_int8)},                   \
         .store = {[WF_F32] = SET(store_f32), [WF_F16] = SET(store_f16), [WF_INT8] = SET(store_int8)},                       \
         .load_row = {SET(load_row_f32), SET(load_row_f16), SET(load_row_bf16)},                                         \

@@ -73,6 +73,9 @@ typedef struct {
     void (*finish)(const int32_t *sums, size_t first, size_t tokens, const WfCodes *codes, const WfFinish *finish);
     void (*quantize)(const float *x, size_t width, size_t token, const WfCodes *codes);
     void (*decode)(const int8_t *codes, float scale, size_t width, float *y);
+    void (*ternarize)(const float *weights, float scale, size_t count, int8_t *codes);
+    /* code * scale of the rows r, 16 + r, ... of a block: `planes` rows of so many columns, y a row of `stride`. */
+    void (*unpack)(const uint8_t *tiles, size_t r, size_t planes, size_t columns, float scale, float *y, size_t stride);
     void (*rms_norm)(const float *x, const float *gain, size_t width, float eps, float *y);
     void (*rotate)(float *x, const float *cosines, const float *sines, size_t half);
     void (*gate)(const float *gate, const float *up, size_t width, int squared_relu, float *y);
@@ -96,12 +99,12 @@ const WfKernels *wf_kernels(const char *name);
 
 static inline size_t wf_padded(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-/* Half to even; a NaN stays one. */
+/* Half to even; a NaN stays one. Without a branch, so that loops become vectors. */
 static inline uint16_t wf_bfloat16(float value) {
     uint32_t bits;
     memcpy(&bits, &value, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)(bits >> 16 | 0x40);
-    return (uint16_t)((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1)) >> 16, nan = bits >> 16 | 0x40;
+    return (uint16_t)((int32_t)(bits & 0x7fffffffu) > 0x7f800000 ? nan : rounded);
 }
 
 /* Bytes of WF_KEY_BLOCK positions of one head: keys, or values with padded width. */

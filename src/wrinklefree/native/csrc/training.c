@@ -87,39 +87,108 @@ int32_t wf_decode(WfRunner *runner, int32_t tokens, int32_t width, const int8_t 
 }
 
 typedef struct {
+    WfRunner *runner;
+    const float *weights;
+    int8_t *codes;
+    size_t count;
+    float scale;
+} Ternarize;
+
+enum { WEIGHTS_AT_ONCE = 1 << 15 };
+
+static void ternarize_part(void *argument, size_t part, size_t worker) {
+    (void)worker;
+    const Ternarize *job = argument;
+    const size_t start = part * WEIGHTS_AT_ONCE, left = job->count - start;
+    const size_t count = left < WEIGHTS_AT_ONCE ? left : WEIGHTS_AT_ONCE;
+    job->runner->kernels->ternarize(job->weights + start, job->scale, count, job->codes + start);
+}
+
+int32_t wf_ternarize(WfRunner *runner, int64_t count, const float *weights, float scale, int8_t *codes) {
+    if (count < 1) return 1;
+    Ternarize job = {runner, weights, codes, (size_t)count, scale};
+    wf_pool_run(runner->pool, ((size_t)count + WEIGHTS_AT_ONCE - 1) / WEIGHTS_AT_ONCE, ternarize_part, &job);
+    return 0;
+}
+
+typedef struct {
     const int8_t *codes;
     uint8_t *tiles;
     size_t rows, columns, groups;
 } Pack;
 
-/* Four codes plus one; bytes do not carry into each other. */
-static uint32_t stored(const Pack *job, size_t row, size_t column) {
-    uint32_t four = 0;
-    if (row < job->rows) {
-        const int8_t *codes = job->codes + row * job->columns + column;
-        if (column + 4 <= job->columns) memcpy(&four, codes, 4);
-        else memcpy(&four, codes, job->columns - column);
-    }
-    return ((four & 0x7f7f7f7fu) + 0x01010101u) ^ (four & 0x80808080u);
+/* Codes plus one; bytes do not carry into each other. */
+static inline uint64_t plus_one(const int8_t *codes, size_t count) {
+    uint64_t eight = 0;
+    memcpy(&eight, codes, count);
+    return ((eight & 0x7f7f7f7f7f7f7f7fu) + 0x0101010101010101u) ^ (eight & 0x8080808080808080u);
 }
 
 static void pack_block(void *argument, size_t block, size_t worker) {
     (void)worker;
     const Pack *job = argument;
     uint8_t *tiles = job->tiles + block * job->groups * 64;
-    for (size_t r = 0; r < 16; r++)
-        for (size_t g = 0; g < job->groups; g++) {
-            const size_t row = block * WF_ROWS + r, column = 4 * g;
-            const uint32_t byte = stored(job, row, column) | stored(job, row + 16, column) << 2 | stored(job, row + 32, column) << 4 |
-                                  stored(job, row + 48, column) << 6;
-            memcpy(tiles + 64 * g + 4 * r, &byte, 4);
+    for (size_t r = 0; r < 16; r++) {
+        const size_t first = block * WF_ROWS + r, left = job->rows - (first < job->rows ? first : job->rows);
+        const size_t planes = left > 48 ? 4 : (left + 15) / 16;
+        const int8_t *codes = job->codes + first * job->columns;
+        for (size_t g = 0; g < job->groups; g += 2) {
+            const size_t rest = job->columns - 4 * g, count = rest < 8 ? rest : 8;
+            uint64_t pair = 0;
+            for (size_t plane = planes; plane < 4; plane++) pair |= (uint64_t)0x0101010101010101u << 2 * plane; /* zeros */
+            if (count == 8)
+                for (size_t plane = 0; plane < planes; plane++) pair |= plus_one(codes + 16 * plane * job->columns + 4 * g, 8) << 2 * plane;
+            else
+                for (size_t plane = 0; plane < planes; plane++) pair |= plus_one(codes + 16 * plane * job->columns + 4 * g, count) << 2 * plane;
+            const uint32_t two[2] = {(uint32_t)pair, (uint32_t)(pair >> 32)};
+            memcpy(tiles + 64 * g + 4 * r, &two[0], 4);
+            if (g + 1 < job->groups) memcpy(tiles + 64 * (g + 1) + 4 * r, &two[1], 4);
         }
+    }
 }
 
 int32_t wf_pack(WfRunner *runner, int32_t rows, int32_t columns, const int8_t *codes, uint8_t *tiles) {
     if (rows < 1 || columns < 1) return 1;
     Pack job = {codes, tiles, (size_t)rows, (size_t)columns, wf_padded((size_t)columns, 4) / 4};
     wf_pool_run(runner->pool, wf_padded((size_t)rows, WF_ROWS) / WF_ROWS, pack_block, &job);
+    return 0;
+}
+
+typedef struct {
+    WfRunner *runner;
+    const uint8_t *tiles;
+    void *y;
+    size_t rows, columns, groups;
+    float scale;
+    int32_t type;
+} Unpack;
+
+static void unpack_block(void *argument, size_t block, size_t worker) {
+    const Unpack *job = argument;
+    const size_t columns = job->columns;
+    const uint8_t *tiles = job->tiles + block * job->groups * 64;
+    for (size_t r = 0; r < 16; r++) {
+        const size_t first = block * WF_ROWS + r;
+        if (first >= job->rows) return;
+        const size_t left = job->rows - first, planes = left > 48 ? 4 : (left + 15) / 16;
+        if (job->type == WF_F32) {
+            job->runner->kernels->unpack(tiles, r, planes, columns, job->scale, (float *)job->y + first * columns, 16 * columns);
+            continue;
+        }
+        float *values = job->runner->rows + worker * job->runner->width;
+        job->runner->kernels->unpack(tiles, r, planes, columns, job->scale, values, columns);
+        for (size_t plane = 0; plane < planes; plane++) {
+            uint16_t *y = (uint16_t *)job->y + (first + 16 * plane) * columns;
+            for (size_t i = 0; i < columns; i++) y[i] = wf_bfloat16(values[plane * columns + i]);
+        }
+    }
+}
+
+int32_t wf_unpack(WfRunner *runner, int32_t rows, int32_t columns, const uint8_t *tiles, float scale, int32_t type, void *y) {
+    if (rows < 1 || columns < 1 || !is_float(type)) return 1;
+    Unpack job = {runner, tiles, y, (size_t)rows, (size_t)columns, wf_padded((size_t)columns, 4) / 4, scale, type};
+    if (type == WF_BF16 && !wf_runner_reserve_rows(runner, 4 * job.columns)) return 1;
+    wf_pool_run(runner->pool, wf_padded(job.rows, WF_ROWS) / WF_ROWS, unpack_block, &job);
     return 0;
 }
 
