@@ -57,6 +57,63 @@ static void compare_products(void) {
     free(tiles), free(codes), free(expected), free(sums);
 }
 
+/* What a training step is made of, on one instruction set with some threads. */
+typedef struct {
+    int8_t *codes, *ternary;
+    float *scales;
+    uint8_t *tiles;
+    void *decoded, *weight, *product;
+    size_t sizes[7];
+} Parts;
+
+static Parts run_parts(const char *isa, int32_t threads, int32_t tokens, int32_t rows, int32_t columns, int32_t type, int32_t code_max,
+                       const void *x, const float *weights) {
+    const size_t width = type == WF_BF16 ? 2 : 4, t = (size_t)tokens, r = (size_t)rows, c = (size_t)columns;
+    Parts p = {.sizes = {t * c, r * c, t * 4, padded(r, 64) / 64 * (padded(c, 4) / 4) * 64, t * c * width, r * c * width, t * r * width}};
+    void **buffers[] = {(void **)&p.codes, (void **)&p.ternary, (void **)&p.scales, (void **)&p.tiles, &p.decoded, &p.weight, &p.product};
+    for (size_t i = 0; i < 7; i++) *buffers[i] = allocate(p.sizes[i]);
+    WfRunner *runner = wf_runner_create(isa, threads, NULL);
+    REQUIRE(runner);
+    REQUIRE(wf_encode(runner, tokens, columns, type, x, code_max, p.codes, p.scales) == 0);
+    REQUIRE(wf_decode(runner, tokens, columns, p.codes, p.scales, type, p.decoded) == 0);
+    REQUIRE(wf_ternarize(runner, (int64_t)(r * c), weights, 0.4f, p.ternary) == 0);
+    REQUIRE(wf_pack(runner, rows, columns, p.ternary, p.tiles) == 0);
+    REQUIRE(wf_unpack(runner, rows, columns, p.tiles, 0.4f, type, p.weight) == 0);
+    REQUIRE(wf_multiply(runner, p.tiles, 0.4f, rows, columns, tokens, p.codes, p.scales, type, p.product) == 0);
+    REQUIRE(wf_encode(runner, 0, columns, type, x, code_max, p.codes, p.scales) == 1);
+    REQUIRE(wf_multiply(runner, p.tiles, 0.4f, rows, columns, tokens, p.codes, p.scales, WF_F16, p.product) == 1);
+    wf_runner_free(runner);
+    return p;
+}
+
+static void compare_training(void) {
+    const int32_t tokens = between(1, 300), rows = between(1, 200), columns = between(1, 300), type = between(0, 1) ? WF_BF16 : WF_F32;
+    const int32_t code_max = between(0, 1) ? 127 : 7;
+    const size_t count = (size_t)tokens * (size_t)columns, weight_count = (size_t)rows * (size_t)columns;
+    uint16_t *narrow = allocate(count * 2);
+    float *wide = allocate(count * 4), *weights = allocate(weight_count * 4);
+    for (size_t i = 0; i < count; i++) {
+        wide[i] = uniform(-3, 3);
+        uint32_t bits;
+        memcpy(&bits, &wide[i], 4);
+        narrow[i] = (uint16_t)(bits >> 16);
+    }
+    for (size_t i = 0; i < weight_count; i++) weights[i] = between(0, 9) ? uniform(-1, 1) : 0.2f * (float)between(-3, 3);
+    const void *x = type == WF_BF16 ? (void *)narrow : (void *)wide;
+    Parts expected = run_parts("plain", 1, tokens, rows, columns, type, code_max, x, weights);
+    void *wanted[] = {expected.codes, expected.ternary, expected.scales, expected.tiles, expected.decoded, expected.weight, expected.product};
+    for (int32_t i = 0; wf_isa_name(i); i++) {
+        Parts p = run_parts(wf_isa_name(i), between(1, 3), tokens, rows, columns, type, code_max, x, weights);
+        void *found[] = {p.codes, p.ternary, p.scales, p.tiles, p.decoded, p.weight, p.product};
+        for (size_t part = 0; part < 7; part++) {
+            REQUIRE(!memcmp(found[part], wanted[part], p.sizes[part]));
+            free(found[part]);
+        }
+    }
+    for (size_t part = 0; part < 7; part++) free(wanted[part]);
+    free(narrow), free(wide), free(weights);
+}
+
 static void *kept[4096];
 static size_t kept_count;
 
@@ -243,6 +300,7 @@ int main(int count, char **arguments) {
     state = strtoull(arguments[1], NULL, 10);
     for (long i = strtol(arguments[2], NULL, 10); i > 0; i--) {
         compare_products();
+        compare_training();
         exercise_model();
     }
     for (int32_t i = 0; wf_isa_name(i); i++) printf("%s ", wf_isa_name(i));
