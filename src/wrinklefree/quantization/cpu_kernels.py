@@ -7,6 +7,7 @@ and roundings and scales are float32 in the same order.
 
 import ctypes
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,8 @@ def ternary_product(
     return product
 
 
-_operators = torch.library.Library("wrinklefree", "DEF")
+_library: Any = torch.library
+_operators: Any = _library.Library("wrinklefree", "DEF")
 _operators.define("encode_activation(Tensor x, int bits) -> (Tensor, Tensor)")
 _operators.define("decode_activation(Tensor codes, Tensor scale, ScalarType dtype) -> Tensor")
 _operators.define("ternarize(Tensor weight, Tensor scale) -> Tensor")
@@ -213,4 +215,4 @@ for _name, _run, _fake in (
     ("ternary_product", _multiply, _empty_product),
 ):
     _operators.impl(_name, _run, "CPU")
-    torch.library.register_fake(f"wrinklefree::{_name}", _fake, lib=_operators)
+    _library.register_fake(f"wrinklefree::{_name}", _fake, lib=_operators)
