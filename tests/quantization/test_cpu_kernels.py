@@ -186,5 +186,7 @@ def test_plain_c_is_no_gain() -> None:
     )
     for isa, expected in (("plain", "False False False"), (None, "True True False")):
         environment = {**os.environ, **({"WRINKLEFREE_ENGINE_ISA": isa} if isa else {})}
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment
+        )
         assert done.stdout.strip() == expected
