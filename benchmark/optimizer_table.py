@@ -4,8 +4,9 @@
     uv run python -m benchmark.optimizer_table --layers 30 --vocabulary 49152      # SmolLM2-135M, needs 4 GB
 
 A SmolLM2-135M of few blocks with random gradients. Updates run by turns in one process; the smallest processor time counts. The
-last column divides it by that of a forward and backward pass of this model over 1,024 tokens in bfloat16, which is
-what an update comes on top of. What each optimizer reaches at equal tokens: `scripts/run_study.py study=optimizers_tiny`.
+last column divides it by that of a forward and backward pass of this model over 1,024 tokens, which is what an update comes
+on top of: in bfloat16, or in float32 on a CPU that does not multiply bfloat16, as in training. What each optimizer reaches at
+equal tokens: `scripts/run_study.py study=optimizers_tiny`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from benchmark.timing import interleaved
 from wrinklefree.models.config import BitNetSpec
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.training.config import OptimizerConfig
+from wrinklefree.training.device import multiplies_bfloat16
 from wrinklefree.training.optimizers import OptimizerType, build_optimizer, state_bytes_per_parameter
 
 TOKENS = 1024
@@ -39,9 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     spec = BitNetSpec(placement="output", gain="ones", quantization_lambda=1.0)
     model = CausalLM(smollm2_shape(options.layers, vocabulary=options.vocabulary), spec)
     batch = random_batch(TOKENS, options.vocabulary)
+    has_bfloat16 = multiplies_bfloat16(torch.device("cpu"))
 
     def step() -> None:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_bfloat16):
             hidden = model(batch).hidden
         (hidden.float().square().sum() / hidden.numel()).backward()
 

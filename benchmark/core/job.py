@@ -9,12 +9,13 @@ import math
 import random
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from benchmark.config.settings import OPTIMIZER, Settings, Value
 from wrinklefree.composition import compose
-from wrinklefree.training.config import StageConfig
+from wrinklefree.training.config import RunConfig, StageConfig
 from wrinklefree.utils.errors import ConfigError
 from wrinklefree.utils.storage import atomic_write
 
@@ -125,8 +126,14 @@ def make_job(settings: Settings, parameters: Mapping[str, Any], *, seed: int, fo
     )
 
 
+@lru_cache(maxsize=4)
+def _config(overrides: tuple[str, ...]) -> RunConfig:
+    """What all trials have in common: composed once, not for every trial."""
+    return compose(overrides).config
+
+
 def _defaults(settings: Settings) -> StageConfig:
-    training = compose(settings.training_overrides).config.training
+    training = _config(tuple(settings.training_overrides)).training
     if not isinstance(training, StageConfig):
         raise ConfigError("a trial is one stage that trains: give training=stage2_pretrain, stage3_distill or the like")
     return training
@@ -144,7 +151,7 @@ def default_accumulation(settings: Settings) -> int:
 
 def default_interval(settings: Settings) -> int:
     """Steps between updates of the data mixture, in a run of the reference length."""
-    return compose(settings.training_overrides).config.influence.update_interval
+    return _config(tuple(settings.training_overrides)).influence.update_interval
 
 
 def write_synthetic_text(folder: Path, seed: int) -> list[str]:

@@ -62,10 +62,16 @@ def settings() -> Settings:
     return read_settings(SMALL)
 
 
-def test_the_course_and_its_state(settings: Settings, tmp_path: Path) -> None:
-    bench = Bench()
-    experiment = Experiment(settings)
-    Search(experiment, tmp_path, run=bench).finish()
+@pytest.fixture(scope="module")
+def finished(settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+    """An experiment that ran to its end, and its folder."""
+    experiment, folder = Experiment(settings), tmp_path_factory.mktemp("finished")
+    Search(experiment, folder, run=Bench()).finish()
+    return experiment, folder
+
+
+def test_the_course_and_its_state(finished: tuple[Experiment, Path]) -> None:
+    experiment, folder = finished
     kinds = [record.kind for record in experiment.records]
     assert kinds == ["default", *["search"] * 3, "default", *["search"] * 3, "default", *["confirm"] * 4]
     assert [record.method for record in experiment.of("search")][:3] == ["Sobol"] * 3
@@ -73,10 +79,10 @@ def test_the_course_and_its_state(settings: Settings, tmp_path: Path) -> None:
     # Repeats differ in their seed, searched trials do not.
     assert len({record.seed for record in experiment.of("default")}) == 3
     assert len({record.seed for record in experiment.of("search")}) == 1
-    assert load_experiment(tmp_path / FILE).records == experiment.records
+    assert load_experiment(folder / FILE).records == experiment.records
     # Nothing is left to do.
     again = Bench()
-    Search(load_experiment(tmp_path / FILE), tmp_path, run=again).finish()
+    Search(load_experiment(folder / FILE), folder, run=again).finish()
     assert again.calls == []
 
 
@@ -173,13 +179,13 @@ def test_commands_that_do_not_go_together(tmp_path: Path) -> None:
         run_benchmark([f"benchmark.output_dir={tmp_path}"], resume=None, analyze_only=None)
 
 
-def test_analysis_alone_runs_nothing(settings: Settings, tmp_path: Path) -> None:
-    Search(Experiment(settings), tmp_path, run=Bench()).finish()
-    before = (tmp_path / FILE).read_bytes()
-    shown = run_benchmark([], resume=None, analyze_only=tmp_path / FILE)
+def test_analysis_alone_runs_nothing(finished: tuple[Experiment, Path]) -> None:
+    _, folder = finished
+    before = (folder / FILE).read_bytes()
+    shown = run_benchmark([], resume=None, analyze_only=folder / FILE)
     assert "gradient_accumulation_steps: 8" in shown
-    assert (tmp_path / FILE).read_bytes() == before
-    assert json.loads((tmp_path / "analysis.json").read_text())["trials"] == {"default": 3, "search": 6, "confirm": 4}
+    assert (folder / FILE).read_bytes() == before
+    assert json.loads((folder / "analysis.json").read_text())["trials"] == {"default": 3, "search": 6, "confirm": 4}
 
 
 def test_a_real_trial_in_its_own_process(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from wrinklefree.data import facts
 from wrinklefree.models.artifact import write_artifact
 from wrinklefree.models.config import Architecture
 from wrinklefree.models.llama import CausalLM
+from wrinklefree.training import device
 from wrinklefree.utils.tokenizer import train_tokenizer
 
 ARCHITECTURE = Architecture(
@@ -32,6 +34,24 @@ WORDS = (
 def sentences(seed: int, count: int) -> str:
     generator = random.Random(seed)
     return ". ".join(" ".join(generator.choices(WORDS, k=generator.randint(4, 12))) for _ in range(count)) + ".\n"
+
+
+@pytest.fixture(autouse=True)
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every 13th question of the recall task, of all its kinds: scoring 504 takes longer than training."""
+    questions = facts.questions
+    monkeypatch.setattr(facts, "questions", lambda split: questions(split)[::13])
+
+
+@pytest.fixture(autouse=True)
+def small_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of the machine, which every command measures, from matrices as small as these models."""
+    measure = device.measured_flops_per_second
+    monkeypatch.setattr(device, "measured_flops_per_second", lambda compute, size=128: measure(compute, 128))
+
+
+@pytest.fixture(autouse=True)
+def remembers_compositions(composed_once: None) -> None: ...
 
 
 @pytest.fixture(scope="session")

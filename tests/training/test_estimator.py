@@ -3,11 +3,12 @@
 import socket
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
 
-from wrinklefree.composition import compose, groups
+from wrinklefree.composition import compose, compose_tree, groups
 from wrinklefree.training.config import PipelineConfig, RunConfig
 from wrinklefree.training.device_kinds import DEVICE_KINDS
 from wrinklefree.training.estimator import (
@@ -20,6 +21,7 @@ from wrinklefree.training.estimator import (
 )
 from wrinklefree.training.memory_model import count_parameters
 from wrinklefree.training.rank_share import RankShare
+from wrinklefree.utils.config import decode
 from wrinklefree.utils.errors import ConfigError
 
 STAGES = [name for name in groups()["training"] if name != "bitdistill"]
@@ -41,12 +43,20 @@ def estimate_of(*overrides: str) -> Estimate:
     return estimate_stage(config_of(*overrides))
 
 
+@pytest.fixture(scope="module")
+def shardings() -> list[Any]:
+    """Every option of the group `distributed`, each composed once: it changes no key of another group."""
+    trees = [compose_tree([f"distributed={name}"]) for name in groups()["distributed"]]
+    options = [tree.pop("distributed") for tree in trees]
+    assert trees[1:] == trees[:-1]
+    return options
+
+
 @pytest.mark.parametrize("model", groups()["model"])
-def test_every_stage_of_every_model_has_an_estimate(model: str) -> None:
-    for training, distributed in product(STAGES, groups()["distributed"]):
-        estimate = estimate_of(
-            f"model={model}", f"training={training}", f"distributed={distributed}", "training.batch_size=8"
-        )
+def test_every_stage_of_every_model_has_an_estimate(model: str, shardings: list[Any]) -> None:
+    trees = {name: compose_tree([f"model={model}", f"training={name}", "training.batch_size=8"]) for name in STAGES}
+    for (training, tree), distributed in product(trees.items(), shardings):
+        estimate = estimate_stage(decode(RunConfig, tree | {"distributed": distributed}))
         assert estimate.memory.total > 0
         trains = training != "stage1_subln"
         assert (estimate.workload is not None) == trains

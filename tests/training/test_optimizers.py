@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from wrinklefree.training import optimizers
 from wrinklefree.training.config import OptimizerConfig
+from wrinklefree.training.muon import ShardedMuon
 from wrinklefree.training.optimizers import (
     CompositeOptimizer,
     build_optimizer,
@@ -216,6 +218,24 @@ def test_muon_step_is_an_orthogonal_matrix_times_its_scale():
     singular = torch.linalg.svdvals(before - model.down.weight.detach()) / (0.2 * 96**0.5)
     # Five Newton-Schulz steps bring singular values to about 0.7 to 1.2, not to 1.
     assert 0.5 < singular.min() <= singular.max() < 1.4
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_muon_iterates_in_bfloat16_where_the_device_multiplies_it(multiplies, monkeypatch):
+    monkeypatch.setattr(optimizers, "multiplies_bfloat16", lambda device: multiplies)
+    model, optimizer = make("muon")
+    gradient = torch.randn(64, 96, generator=torch.Generator().manual_seed(3))
+    model.down.weight.grad = gradient.clone()
+    optimizer.step()
+    for dtype in (torch.bfloat16, torch.float32):
+        copied = nn.Parameter(make("muon")[0].down.weight.detach().clone())
+        copied.grad = gradient.clone()
+        reference = ShardedMuon(
+            [{"params": [copied]}],
+            lr=1e-3, weight_decay=CONFIG.weight_decay, momentum=CONFIG.momentum, iteration_dtype=dtype,
+        )  # fmt: skip
+        reference.step()
+        assert torch.equal(model.down.weight, copied) == (multiplies == (dtype == torch.bfloat16))
 
 
 def test_adamw_is_torchs_adamw():

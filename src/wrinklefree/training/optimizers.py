@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from wrinklefree.training.apollo import Apollo
 from wrinklefree.training.config import OptimizerConfig
+from wrinklefree.training.device import multiplies_bfloat16
 from wrinklefree.training.local_shards import local_parameter
 from wrinklefree.training.muon import ShardedMuon
 from wrinklefree.utils.errors import ConfigError
@@ -83,7 +84,11 @@ def build_optimizer(
         case "muon":
             hidden, others = _split(model, type)
             matrices: Optimizer = ShardedMuon(
-                [_group(hidden, decays=True)], lr=lr, weight_decay=config.weight_decay, momentum=config.momentum
+                [_group(hidden, decays=True)],
+                lr=lr,
+                weight_decay=config.weight_decay,
+                momentum=config.momentum,
+                iteration_dtype=torch.bfloat16 if multiplies_bfloat16(hidden[0].device) else torch.float32,
             )
         case "apollo" | "apollo_mini":
             hidden, others = _split(model, type)
