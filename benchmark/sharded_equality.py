@@ -32,10 +32,11 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -49,6 +50,7 @@ from wrinklefree.models.config import Architecture, BitNetSpec
 from wrinklefree.models.llama import CausalLM, Checkpointing
 from wrinklefree.models.records import IGNORE, Batch
 from wrinklefree.models.shards import whole
+from wrinklefree.quantization import cpu_kernels
 from wrinklefree.training.config import (
     DistributedConfig,
     OptimizerConfig,
@@ -193,6 +195,13 @@ class Float64(TorchFunctionMode):
         return func(*widened, **named)
 
 
+@contextmanager
+def float64() -> Iterator[None]:
+    """`Float64`, without the C kernels: they have no such type."""
+    with Float64(), patch.object(cpu_kernels, "has_kernels", lambda: False):
+        yield
+
+
 def build(bed: Bed, device: torch.device | None = None) -> tuple[Trainer, Callable[[], None]]:
     """The trainer of a bed on this rank, and what must be called before its model runs."""
     torch.manual_seed(0)
@@ -291,7 +300,7 @@ def train(bed: Bed, with_gradients: bool = False) -> Outcome:
     if bed.double:
         torch.set_default_dtype(torch.float64)
     try:
-        with Float64() if bed.double else nullcontext():
+        with float64() if bed.double else nullcontext():
             return _train(bed, with_gradients)
     finally:
         torch.set_default_dtype(torch.float32)
