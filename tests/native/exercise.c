@@ -114,6 +114,63 @@ static void compare_training(void) {
     free(narrow), free(wide), free(weights);
 }
 
+/* Both passes over one block of logits; the gradient in float32. */
+static float *logits_gradient(const char *isa, int32_t threads, WfLogitsBlock block) {
+    const size_t rows = (size_t)block.rows, count = rows * (size_t)block.width;
+    WfRunner *runner = wf_runner_create(isa, threads, NULL);
+    REQUIRE(runner);
+    block.sums = allocate(rows * sizeof *block.sums), block.teacher_sums = allocate(rows * sizeof *block.sums);
+    block.values = allocate(rows * 4), block.gradient = allocate(count * (block.type == WF_BF16 ? 2 : 4));
+    for (size_t row = 0; row < rows; row++)
+        block.sums[row] = block.teacher_sums[row] = (WfRowSums){.largest = -INFINITY}, block.values[row] = 0;
+    REQUIRE(wf_sum_logits(runner, &block) == 0);
+    REQUIRE(wf_differentiate_logits(runner, &block) == 0);
+    float *gradient = allocate((count + rows) * 4);
+    for (size_t i = 0; i < count; i++) {
+        if (block.type == WF_F32) gradient[i] = ((float *)block.gradient)[i];
+        uint32_t bits = (uint32_t)((uint16_t *)block.gradient)[i] << 16;
+        if (block.type == WF_BF16) memcpy(gradient + i, &bits, 4);
+    }
+    memcpy(gradient + count, block.values, rows * 4);
+    block.rows = 0;
+    REQUIRE(wf_sum_logits(runner, &block) == 1);
+    wf_runner_free(runner);
+    free(block.sums), free(block.teacher_sums), free(block.values), free(block.gradient);
+    return gradient;
+}
+
+static void compare_logits(void) {
+    WfLogitsBlock block = {.rows = between(1, 20), .width = between(1, 200), .first = 50, .type = between(0, 1) ? WF_BF16 : WF_F32,
+                           .powers = between(1, 2), .factors = {1.44f, 0.29f}};
+    const size_t rows = (size_t)block.rows, count = rows * (size_t)block.width;
+    uint16_t *narrow[2];
+    float *wide[2], *weights = allocate(rows * 4);
+    int64_t *labels = allocate(rows * 8);
+    for (int side = 0; side < 2; side++) {
+        narrow[side] = allocate(count * 2), wide[side] = allocate(count * 4);
+        for (size_t i = 0; i < count; i++) {
+            wide[side][i] = uniform(-9, 9);
+            uint32_t bits;
+            memcpy(&bits, &wide[side][i], 4);
+            narrow[side][i] = (uint16_t)(bits >> 16);
+        }
+    }
+    for (size_t row = 0; row < rows; row++) weights[row] = uniform(0, 1), labels[row] = between(-100, 300);
+    block.student = block.type == WF_BF16 ? (void *)narrow[0] : (void *)wide[0];
+    if (block.powers == 2 || between(0, 1)) block.teacher = block.type == WF_BF16 ? (void *)narrow[1] : (void *)wide[1];
+    if (between(0, 1)) block.labels = labels, block.hard = weights;
+    block.soft = weights;
+    float *expected = logits_gradient("plain", 1, block);
+    for (int32_t i = 0; wf_isa_name(i); i++) {
+        float *found = logits_gradient(wf_isa_name(i), between(1, 3), block);
+        for (size_t k = 0; k < count + rows; k++)
+            REQUIRE(fabsf(found[k] - expected[k]) <= (block.type == WF_BF16 && k < count ? 0.01f : 1e-5f) * (1 + fabsf(expected[k])));
+        free(found);
+    }
+    for (int side = 0; side < 2; side++) free(narrow[side]), free(wide[side]);
+    free(weights), free(labels), free(expected);
+}
+
 static void *kept[4096];
 static size_t kept_count;
 
@@ -301,6 +358,7 @@ int main(int count, char **arguments) {
     for (long i = strtol(arguments[2], NULL, 10); i > 0; i--) {
         compare_products();
         compare_training();
+        compare_logits();
         exercise_model();
     }
     for (int32_t i = 0; wf_isa_name(i); i++) printf("%s ", wf_isa_name(i));

@@ -65,6 +65,18 @@ class ConfigRecord(Structure):
     )  # fmt: skip
 
 
+class LogitsBlockRecord(Structure):
+    """WfLogitsBlock of csrc/engine.h."""
+
+    _fields_ = (
+        *((name, c_int32) for name in ("rows", "width", "first", "type", "powers")),
+        ("factors", c_float * 2),
+        *((name, c_void_p) for name in (
+            "student", "teacher", "labels", "sums", "teacher_sums", "hard", "soft", "gradient", "values",
+        )),
+    )  # fmt: skip
+
+
 _INT32S, _FLOATS, _CODES = POINTER(c_int32), POINTER(c_float), POINTER(c_int8)
 _SIGNATURES = {
     "wf_sources": (c_int32, ()),
@@ -84,6 +96,8 @@ _SIGNATURES = {
         c_int32,
         (c_void_p, c_void_p, c_float, c_int32, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_void_p),
     ),
+    "wf_sum_logits": (c_int32, (c_void_p, POINTER(LogitsBlockRecord))),
+    "wf_differentiate_logits": (c_int32, (c_void_p, POINTER(LogitsBlockRecord))),
     "wf_linear": (c_int32, (c_void_p, POINTER(LinearRecord), c_int32, c_int32, c_void_p, c_int32, c_void_p, c_int32)),
     "wf_products": (c_int32, (c_char_p, c_int32, c_void_p, c_int32, c_void_p, c_int32, c_int32, c_void_p)),
     "wf_quantize": (c_int32, (c_char_p, c_void_p, c_int32, c_int32, c_int32, c_int32, c_void_p, c_void_p)),

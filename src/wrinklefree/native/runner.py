@@ -53,6 +53,18 @@ def borrowed_runner() -> Iterator[int]:
         yield runner.handle
 
 
+def run_kernel(name: str, *arguments: object) -> None:
+    """Call a function of C that takes a runner first and returns 0.
+
+    Raises:
+        EngineError: it refused its arguments, or as `borrowed_runner`.
+    """
+    with borrowed_runner() as runner:
+        problem = getattr(load_library(), name)(runner, *arguments)
+    if problem:
+        raise EngineError(f"{name} refused its arguments: too large, empty, or memory is short")
+
+
 @cache
 def openmp_parallel() -> int | None:
     """Address of the function GOMP_parallel in the OpenMP library that PyTorch has loaded; None where it has another."""

@@ -53,7 +53,7 @@ _FEWEST_ROWS = 256
 """`head_losses.FEWEST_ROWS_A_CHUNK`."""
 _VOCABULARY_BLOCKS = 10 * 2**20
 """Scratch of `vocabulary_blocks`: float32 blocks of 512 rows and words, and their products."""
-_KEPT_SHARE = 0.4
+_KEPT_SHARE = 0.42
 """`vocabulary_blocks.KEPT_SHARE`."""
 
 

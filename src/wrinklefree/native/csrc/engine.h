@@ -101,6 +101,34 @@ WF_API int32_t wf_unpack(WfRunner *runner, int32_t rows, int32_t columns, const 
 WF_API int32_t wf_multiply(WfRunner *runner, const uint8_t *tiles, float scale, int32_t rows, int32_t columns, int32_t tokens,
                            const int8_t *codes, const float *scales, int32_t type, void *y);
 
+/* What is known of a row of logits, in whatever blocks its words came. */
+typedef struct {
+    float largest, target; /* logits: of all words, and of the label */
+    float sums[2];         /* of 2^(factor * (logit - largest)) */
+} WfRowSums;
+
+/* A block of logits [rows][width], the words from `first` on, of a student and perhaps a teacher. */
+typedef struct {
+    int32_t rows, width, first;
+    int32_t type;            /* WF_F32 or WF_BF16: of logits and gradient */
+    int32_t powers;          /* 1, or 2 with a teacher: cross-entropy's factor beside the KL's */
+    float factors[2];        /* log2 e / temperature; the last is the teacher's too */
+    const void *student;
+    const void *teacher;     /* or NULL */
+    const int64_t *labels;   /* [rows], or NULL; below 0: none */
+    WfRowSums *sums;         /* [rows] of the student: cross-entropy's sum, the KL's */
+    WfRowSums *teacher_sums; /* [rows] */
+    const float *hard;       /* [rows] weights of cross-entropy's gradient, or NULL */
+    const float *soft;       /* [rows] of the KL's, or NULL */
+    void *gradient;          /* [rows][width] */
+    float *values;           /* [rows], to which sum of teacher's probability * (teacher - student) is added */
+} WfLogitsBlock;
+
+/* First pass: count a block in its rows' sums, and find the targets. Both passes return 0, or 1 as above. */
+WF_API int32_t wf_sum_logits(WfRunner *runner, const WfLogitsBlock *block);
+/* Second pass, when all blocks are counted: the gradient hard * (softmax - onehot) + soft * (softmax - teacher's), and values. */
+WF_API int32_t wf_differentiate_logits(WfRunner *runner, const WfLogitsBlock *block);
+
 /* y [tokens][out_features] of x [tokens][in_features]; 0, or 1 for sizes that do not fit or too little memory. */
 WF_API int32_t wf_linear(WfRunner *runner, const WfLinear *linear, int32_t code_max, int32_t tokens, const float *x,
                          int32_t in_features, float *y, int32_t out_features);

@@ -270,6 +270,8 @@ TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
     }
 }
 
+#include "vocabulary.h"
+
 #define KERNELS(symbol, label, ternary_function, bytes_function, nibbles_function)                                                        \
     const WfKernels symbol = {                                                                                          \
         .name = label, .ternary = ternary_function, .bytes = bytes_function, .nibbles = nibbles_function,                   \
@@ -279,4 +281,5 @@ TARGET static void SET(load_row_bf16)(const void *row, size_t width, float *y) {
         .store = {[WF_F32] = SET(store_f32), [WF_F16] = SET(store_f16), [WF_INT8] = SET(store_int8)},                       \
         .load_row = {SET(load_row_f32), SET(load_row_f16), SET(load_row_bf16)},                                         \
         .dot_row = {SET(dot_row_f32), SET(dot_row_f16)},                                                                \
+        .add_powers = SET(add_powers), .logits_gradient = SET(logits_gradient),                                         \
     }

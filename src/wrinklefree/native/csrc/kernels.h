@@ -62,6 +62,16 @@ typedef struct {
     size_t stride;
 } WfFinish;
 
+/* A row of logits whose gradient is wanted, see vocabulary.h. */
+typedef struct {
+    const float *student, *teacher; /* [width]; teacher or NULL */
+    size_t width;
+    int32_t powers; /* of the student: 1 or 2 */
+    float factors[2], weights[2], student_largest;
+    float teacher_factor, teacher_weight, teacher_largest;
+    float *gradient;
+} WfRowGradient;
+
 typedef struct {
     const char *name;
     /* sums[t][row] = sum over columns of stored code * codes[t][column], t < tokens. */
@@ -85,6 +95,9 @@ typedef struct {
     void (*store[4])(void *keys, void *values, size_t head_dim, size_t position, const float *key, const float *value);
     void (*load_row[3])(const void *row, size_t width, float *y);
     void (*dot_row[2])(const void *row, size_t width, const float *x, size_t stride, size_t tokens, float *y, size_t y_stride);
+    /* Of logits, see vocabulary.h. */
+    void (*add_powers)(const float *x, size_t width, size_t count, const float *factors, WfRowSums *row);
+    float (*logits_gradient)(const WfRowGradient *row);
 } WfKernels;
 
 extern const WfKernels wf_plain;
