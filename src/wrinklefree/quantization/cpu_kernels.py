@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from wrinklefree.native.library import BF16, F32, chosen_isa, is_available, load_library
+from wrinklefree.native.library import BF16, F32, chosen_isa, is_available
 from wrinklefree.native.pack import COLUMNS, ROWS, padded
-from wrinklefree.native.runner import borrowed_runner
+from wrinklefree.native.runner import run_kernel
 from wrinklefree.utils.errors import EngineError
 
 TYPES = {torch.float32: F32, torch.bfloat16: BF16}
@@ -197,13 +197,7 @@ def _check_tiles(tiles: Tensor, rows: int, columns: int) -> None:
 
 
 def _call(name: str, *arguments: Tensor | int | ctypes.c_float) -> None:
-    function = getattr(load_library(), name)
-    plain = [one.data_ptr() if isinstance(one, Tensor) else one for one in arguments]
-    with borrowed_runner() as runner:
-        problem = function(runner, *plain)
-    if problem:
-        shapes = [tuple(one.shape) for one in arguments if isinstance(one, Tensor)]
-        raise EngineError(f"{name} refused tensors of the shapes {shapes}: too large, empty, or memory is short")
+    run_kernel(name, *(one.data_ptr() if isinstance(one, Tensor) else one for one in arguments))
 
 
 for _name, _run, _fake in (
