@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from benchmark import engine_blocks
 from benchmark.engine_blocks import WINDOW
 from wrinklefree.models.artifact import Artifact, read_artifact, resolve_artifact
-from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.bitlinear import set_products, set_quantization
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
 from wrinklefree.models.subln import set_subln_strength
@@ -156,6 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     artifact = read_artifact(resolve_artifact(given.artifact))
     model = artifact.load_model().eval()
     set_quantization(model, 1.0)
+    set_products(model, "float", "exact")  # with the engine's kernels it would be compared with itself
     set_subln_strength(model, 1.0)
     windows = read_text(artifact, given.tokens)
     if given.save is not None and given.states is not None:

@@ -28,6 +28,7 @@ from wrinklefree.data.finetune_dataset import encode_choices
 from wrinklefree.data.pretrain_dataset import HeldOut, held_out_rows
 from wrinklefree.data.tasks import get_task
 from wrinklefree.models.artifact import read_artifact, resolve_artifact
+from wrinklefree.models.bitlinear import set_products
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.serving.engine.native.model import CacheType, HeadType, NativeModel, NativeOptions, PackedModel
 from wrinklefree.serving.packed_bitlinear import pack_bitlinears
@@ -120,6 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         data, tokenizer, split="test", max_tokens=given.tokens, max_seq_length=LENGTH, batch_size=4
     )
     model = artifact.load_model()
+    set_products(model, "float", "exact")  # PyTorch's own products
     nats, count, reference = torch_scores(model, held_out, encoded, tokenizer.pad_token_id)
     if given.save is not None:
         given.save.write_text(json.dumps([nats, count, reference]), encoding="utf-8")

@@ -12,6 +12,7 @@ from wrinklefree.data.finetune_dataset import spread
 from wrinklefree.data.pretrain_dataset import held_out_rows
 from wrinklefree.data.tasks import get_task
 from wrinklefree.models.artifact import POINTERS, read_artifact, resolve_artifact
+from wrinklefree.models.bitlinear import set_products
 from wrinklefree.models.config import ModelConfig
 from wrinklefree.models.hf import architecture_from_hf, load_pretrained
 from wrinklefree.models.llama import CausalLM
@@ -139,7 +140,10 @@ def _choose_kernels(command: EvaluationCommand, subject: Subject, compute: Compu
         problem = "the CPU engine was not built; install a C compiler or set CC, and install again"
     if command.kernels == "packed" and problem is not None:
         raise ConfigError(f"kernels=packed: {problem}; use kernels=auto")
-    if command.kernels == "torch" or problem is not None:
+    if command.kernels == "torch":
+        set_products(subject.model, "float", "exact")
+        return
+    if problem is not None:
         return
     count = pack_bitlinears(subject.model)
     logger.info("%s: %d layers run on the CPU engine's kernels", subject.name, count)

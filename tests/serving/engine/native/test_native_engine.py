@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from wrinklefree.models.artifact import Artifact, write_artifact
-from wrinklefree.models.bitlinear import set_quantization
+from wrinklefree.models.bitlinear import set_products, set_quantization
 from wrinklefree.models.convert import to_bitnet
 from wrinklefree.models.generate import generate
 from wrinklefree.models.llama import CausalLM
@@ -32,6 +32,7 @@ def ternary(model: CausalLM) -> CausalLM:
     """The tiny model with SubLN, fully quantized; untrained as such, so its words mean nothing."""
     converted = to_bitnet(model, placement="output", gain="ones", activation_bits=8, strength=1.0, calibration=[])
     set_quantization(converted, 1.0)
+    set_products(converted, "float", "exact")  # the engine shares the kernels that are the default
     assert converted.bitnet is not None
     converted.bitnet = converted.bitnet.model_copy(update={"quantization_lambda": 1.0})
     return converted.eval()

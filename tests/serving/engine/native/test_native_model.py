@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from wrinklefree.models.bitlinear import set_products
 from wrinklefree.models.config import Architecture, BitNetSpec, RopeScaling
 from wrinklefree.models.llama import CausalLM
 from wrinklefree.models.records import Batch
@@ -51,6 +52,7 @@ def random_model(
                 parameter.normal_(std=0.3)
             elif "embed" in name or "lm_head" in name:
                 parameter.normal_(std=0.5)
+    set_products(model, "float", "exact")  # the engine shares the kernels that are the default
     return model.eval()
 
 
