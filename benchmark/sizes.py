@@ -1,9 +1,9 @@
 """Cost against size: time a token of a training step's blocks, and its share of the machine's own peak.
 
     uv run python -m benchmark.sizes                              # widths 256 to 2048, rows of 256 to 4096 positions
-    uv run python -m benchmark.sizes --plot docs/images/step_cost.png
+    uv run python -m benchmark.sizes --dtype float32 --plot docs/images/step_cost.png
 
-Two blocks, uncompiled, one row of one document, bfloat16 products; forward and backward without head or optimizer.
+Two blocks, uncompiled, one row of one document, bfloat16 products unless `--dtype float32`; forward and backward without head or optimizer.
 Operations are those of the products (6 a weight and token) and of causal attention (6 d a token and pair of positions, of
 which half are computed). Peak: the best rate of square products measured here at the start.
 """
@@ -40,11 +40,11 @@ def operations_per_token(model: CausalLM, length: int) -> float:
     return 6 * weights + LAYERS * 6 * heads * length
 
 
-def step(model: CausalLM, batch: Batch) -> None:
+def step(model: CausalLM, batch: Batch, dtype: torch.dtype) -> None:
     """Forward and backward of the blocks; weight codes are made anew."""
     model.zero_grad(set_to_none=True)
     set_quantization(model, 1.0)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         hidden = model(batch).hidden
     (hidden.float().square().sum() / hidden.numel()).backward()
 
@@ -54,16 +54,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmark.sizes", description=__doc__)
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 576, 1024, 2048])
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     keep_large_buffers()
-    peak = measured_flops_per_second(Compute(torch.device("cpu"), torch.bfloat16))
+    dtype: torch.dtype = getattr(torch, arguments.dtype)
+    peak = measured_flops_per_second(Compute(torch.device("cpu"), dtype))
     out = sys.stdout.write
     out(
-        f"{LAYERS} blocks, bfloat16, {arguments.threads} thread(s), torch {torch.__version__}, measured peak "
+        f"{LAYERS} blocks, {arguments.dtype}, {arguments.threads} thread(s), torch {torch.__version__}, measured peak "
         f"{peak / 1e9:.0f} GFLOP/s\n\n"
         "| width | positions | nn.Linear, us a token | WrinkleFree, us a token | ratio | share of the peak |\n"
         "|---|---|---|---|---|---|\n"
@@ -77,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for length in arguments.lengths:
             batch = random_batch(length, WORDS)
             times = interleaved(
-                {LINEAR: lambda m=full, b=batch: step(m, b), OURS: lambda m=ours, b=batch: step(m, b)},
+                {LINEAR: lambda m=full, b=batch: step(m, b, dtype), OURS: lambda m=ours, b=batch: step(m, b, dtype)},
                 arguments.rounds,
             )
             mine = times[OURS].cpu / length

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from wrinklefree.native.library import chosen_isa, load_library
+from wrinklefree.native.library import ISA_VARIABLE, chosen_isa, load_library
 from wrinklefree.utils.errors import EngineError
 
 
@@ -31,7 +31,7 @@ class _Runner:
         weakref.finalize(self, library.wf_runner_free, self.handle)
 
 
-_runners: dict[tuple[bytes, int, int], _Runner] = {}
+_runners: dict[tuple[str | None, int, int], _Runner] = {}
 _runners_lock = threading.Lock()
 
 
@@ -44,11 +44,11 @@ def borrowed_runner() -> Iterator[int]:
         ConfigError: `WRINKLEFREE_ENGINE_ISA` asks for instructions that this CPU lacks.
     """
     # A forked process has none of its parent's threads.
-    key = (chosen_isa(), torch.get_num_threads(), os.getpid())
+    key = (os.environ.get(ISA_VARIABLE), torch.get_num_threads(), os.getpid())
     with _runners_lock:
-        if key not in _runners:
-            _runners[key] = _Runner(*key[:2])
-        runner = _runners[key]
+        runner = _runners.get(key)
+        if runner is None:
+            runner = _runners[key] = _Runner(chosen_isa(), torch.get_num_threads())
     with runner.lock:
         yield runner.handle
 
