@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "src" / "wrinklefree"
-LAYERS = ("utils", "quantization", "models", "distillation", "data", "serving", "training")
+LAYERS = ("utils", "native", "quantization", "models", "distillation", "data", "serving", "training")
 
 
 def imports(path: Path) -> set[str]:
