@@ -3,7 +3,8 @@
     uv run python -m benchmark.sizes                              # widths 256 to 2048, rows of 256 to 4096 positions
     uv run python -m benchmark.sizes --dtype float32 --plot docs/images/step_cost.png
 
-Two blocks, uncompiled, one row of one document, bfloat16 products unless `--dtype float32`; forward and backward without head or optimizer.
+Two blocks, uncompiled, one row of one document, products in bfloat16 or in `--dtype`; forward and backward without head or
+optimizer.
 Operations are those of the products (6 a weight and token) and of causal attention (6 d a token and pair of positions, of
 which half are computed). Peak: the best rate of square products measured here at the start.
 """
