@@ -20,7 +20,7 @@ from wrinklefree.utils.errors import EngineError
 TYPES = {torch.float32: F32, torch.bfloat16: BF16}
 """Of activations and products."""
 WIDEST = 131072
-"""Columns whose sums of products stay below 2^31, and below 2^24 / 127 (csrc/kernels.h)."""
+"""Columns whose sums, at most 127 each, float32 holds exactly; also what the kernels' own sums hold (csrc/kernels.h)."""
 
 
 @cache
